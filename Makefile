@@ -1,0 +1,61 @@
+# `make demo` and `make test` work on a fresh clone: they make .venv themselves, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types docs wheel check format clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+# Two stamps, so that the demo waits for nothing but what it runs on.
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing dit-probe into $(VENV) (once)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.env: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing dit-probe with its test, lint and docs tools into $(VENV) (once)"
+	$(PIP) install --quiet -c constraints.txt -e ".[test,dev,docs,eval]"
+	touch $(VENV)/.core $@
+
+env: $(VENV)/.env  ## the environment of every other target
+
+demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map: demo.html
+	$(BIN)/dit-probe demo --out demo.html $(ARGS)
+
+test: $(VENV)/.env  ## the tests and every example of the docstrings and the README; ARGS="-k store"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.env  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.env  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.env  ## the site, strictly: a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.env  ## the wheel, with a look inside
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/python tests/wheel_contents.py dist/*.whl
+
+check: test lint types docs wheel  ## everything that CI runs
+
+format: $(VENV)/.env  ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## forget everything that was made
+	rm -rf $(VENV) dist site demo.html demo.zarr .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""A hook-based microscope for multi-modal diffusion transformers.
+
+>>> import dit_probe as dp
+>>> from probes import ConceptAttention
+>>> pipe = dp.demo.load("flux-picturebook")
+>>> with dp.trace(pipe, ConceptAttention(["sun", "boat", "water"]), progress=False) as run:
+...     image = pipe("a sun and a boat on water", num_inference_steps=4, max_sequence_length=32).images[0]
+>>> dp.maps.saliency(run.dataset, space="output").dims
+('sample', 'concept', 'y', 'x')
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_probe import demo, errors, figures, maps, schema, store, testing
+    from dit_probe.encoding import encode
+    from dit_probe.probe import Observation, Probe
+    from dit_probe.store import open
+    from dit_probe.tracing import trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "Observation",
+    "Probe",
+    "demo",
+    "encode",
+    "errors",
+    "figures",
+    "maps",
+    "open",
+    "schema",
+    "store",
+    "testing",
+    "trace",
+]
+
+_NAMES = {
+    "Observation": "probe",
+    "Probe": "probe",
+    "encode": "encoding",
+    "open": "store",
+    "trace": "tracing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: importing dit_probe costs no more than what a session of it needs.
+    if name not in __all__:
+        raise AttributeError(f"module 'dit_probe' has no attribute {name!r}")
+    module = import_module(f"dit_probe.{_NAMES.get(name, name)}")
+    value = getattr(module, name) if name in _NAMES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,82 @@
+"""The only place that knows model families. A new family is one new file here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from dit_probe.anatomy.base import Anatomy, Block, Grid, Projection, TextContext, TextSide
+from dit_probe.errors import ModelError
+
+__all__ = ["Anatomy", "Block", "Grid", "Projection", "TextContext", "TextSide", "families", "find", "transformer_of"]
+
+
+@cache
+def families() -> dict[str, Anatomy]:
+    """Every family that can be traced, by name.
+
+    Example:
+        >>> sorted(families())
+        ['cogvideox', 'flux', 'sd3']
+    """
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    found = [kind() for kind in Anatomy.__subclasses__() if kind.__module__.startswith(__name__)]
+    return {anatomy.family: anatomy for anatomy in found}
+
+
+def transformer_of(model: Any) -> nn.Module:
+    """The transformer of a pipeline, or the transformer that was given.
+
+    Raises:
+        ModelError: it is neither, or it was compiled before tracing.
+    """
+    transformer = getattr(model, "transformer", model)
+    if hasattr(transformer, "_orig_mod"):
+        raise ModelError(
+            f"{type(transformer._orig_mod).__name__} was compiled with torch.compile: hooks placed after compiling "
+            "never fire, and nothing would be recorded. Trace the model underneath "
+            "(pipe.transformer = pipe.transformer._orig_mod) and compile again afterwards"
+        )
+    if not isinstance(transformer, nn.Module):
+        raise ModelError(
+            f"{type(model).__name__} is neither a diffusers pipeline with a `transformer` nor a transformer module. "
+            "Pass the pipeline (FluxPipeline.from_pretrained(...)) or its .transformer"
+        )
+    return transformer
+
+
+def find(model: Any) -> Anatomy:
+    """The anatomy of a pipeline's or transformer's family.
+
+    Raises:
+        ModelError: the family is unknown, or this very model cannot be traced truthfully.
+    """
+    transformer = transformer_of(model)
+    names = {kind.__name__ for kind in type(transformer).__mro__}
+    anatomy = next((anatomy for anatomy in families().values() if names & set(anatomy.classes)), None)
+    if anatomy is None:
+        known = ", ".join(f"{name} ({', '.join(a.classes)})" for name, a in sorted(families().items()))
+        raise ModelError(
+            f"no anatomy for {type(transformer).__name__}. Families known: {known}. "
+            "Add one: a file in dit_probe/anatomy (see CONTRIBUTING.md)"
+        )
+    reason = anatomy.refuse(transformer)
+    if reason is None and any(block.module._compiled_call_impl is not None for block in anatomy.blocks(transformer)):
+        reason = (
+            "its blocks were compiled (compile_repeated_blocks or block.compile()): hooks placed afterwards never "
+            "fire. Trace before compiling"
+        )
+    if reason is None and transformer.training and _drops(transformer):
+        reason = "it is in training mode with dropout, so tracing would change its random numbers. Call .eval()"
+    if reason is not None:
+        raise ModelError(f"{type(transformer).__name__} cannot be traced: {reason}.")
+    return anatomy
+
+
+def _drops(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -1,0 +1,53 @@
+"""The commonest text side: adaptive layer norm with six outputs, projections of its own, a gated MLP.
+
+    n, a1, b, g, a2 = norm1_context(c, temb)
+    c <- c + a1 * P o_c                                    eq. (6)
+    c <- c + a2 * MLP((1 + g) * norm(c) + b)               eq. (7)
+
+The paper's eqs. (6) and (7) leave out that ``n`` is itself shifted and scaled before the projections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_probe.anatomy.base import Projection, TextContext, TextSide, rotate
+
+
+@dataclass(frozen=True)
+class AdaZeroText(TextSide):
+    """Text side of Flux and SD3 blocks: ``norm1_context``, ``add_*_proj``, ``to_add_out``, ``ff_context``.
+
+    Attributes:
+        clips_half: the model clips its text stream at float16's largest value; so must whatever follows it.
+    """
+
+    clips_half: bool = False
+
+    def project(self, c: Tensor, context: TextContext) -> Projection:
+        block, attention = context.block.module, context.block.attention
+        if context.block.text_output:
+            normed, *modulation = block.norm1_context(c, emb=context.temb)
+        else:
+            normed, modulation = block.norm1_context(c, context.temb), []
+        if getattr(attention, "fused_projections", False):
+            projected = attention.to_added_qkv(normed).chunk(3, dim=-1)
+        else:
+            projected = (attention.add_q_proj(normed), attention.add_k_proj(normed), attention.add_v_proj(normed))
+        heads = attention.heads
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in projected)
+        q = q if attention.norm_added_q is None else attention.norm_added_q(q)
+        k = k if attention.norm_added_k is None else attention.norm_added_k(k)
+        if context.rotary is None:
+            return Projection(q, k, v, q, k, tuple(modulation))
+        return Projection(rotate(q, context.rotary), rotate(k, context.rotary), v, q, k, tuple(modulation))
+
+    def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
+        block = context.block.module
+        gate, shift, scale, mlp_gate = (part.unsqueeze(1) for part in projection.modulation)
+        c = c + gate * context.block.attention.to_add_out(o.flatten(2))
+        c = c + mlp_gate * block.ff_context(block.norm2_context(c) * (1 + scale) + shift)
+        return c.clip(-65504, 65504) if self.clips_half and c.dtype == torch.float16 else c

@@ -1,0 +1,178 @@
+"""CogVideoX 2B, 5B and 1.5: two residual streams that share one set of weights, told apart by their modulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_probe.anatomy.base import (
+    Anatomy,
+    Block,
+    EncodeInputs,
+    Grid,
+    Projection,
+    TextContext,
+    TextSide,
+    TinyModel,
+    TinyText,
+    draw_noise,
+)
+
+
+class SharedWeightsText(TextSide):
+    """The text half of `CogVideoXLayerNormZero`, then the projections and MLP that image tokens use too."""
+
+    def project(self, c: Tensor, context: TextContext) -> Projection:
+        attention = context.block.attention
+        # norm1 works row by row and token by token: c stands in for the image as well, whose half is dropped.
+        _, normed, _, gate = context.block.module.norm1(c[:, :1], c, context.temb)
+        if getattr(attention, "fused_projections", False):
+            projected = attention.to_qkv(normed).chunk(3, dim=-1)
+        else:
+            projected = (attention.to_q(normed), attention.to_k(normed), attention.to_v(normed))
+        q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
+        q = q if attention.norm_q is None else attention.norm_q(q)
+        k = k if attention.norm_k is None else attention.norm_k(k)
+        return Projection(q, k, v, q, k, (gate,))
+
+    def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
+        block = context.block.module
+        to_out = context.block.attention.to_out
+        (gate,) = projection.modulation
+        c = c + gate * to_out[1](to_out[0](o.flatten(2)))
+        _, normed, _, mlp_gate = block.norm2(c[:, :1], c, context.temb)
+        return c + mlp_gate * block.ff(normed)
+
+
+class CogVideoX(Anatomy):
+    """`CogVideoXTransformer3DModel`."""
+
+    family = "cogvideox"
+    classes = ("CogVideoXTransformer3DModel",)
+    text = SharedWeightsText()
+    text_first = True
+    pooled = False
+    t5 = ("tokenizer", "text_encoder")
+    heads_first = True
+    variants = ("2b", "5b", "1.5")
+
+    def blocks(self, model: Any) -> tuple[Block, ...]:
+        return tuple(
+            Block(layer, "joint", f"transformer_blocks.{layer}", block, block.attn1)
+            for layer, block in enumerate(model.transformer_blocks)
+        )
+
+    def outputs(self, output: Any) -> tuple[Tensor, Tensor]:
+        x, p = output
+        return x, p
+
+    def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
+        if arguments.get("image_rotary_emb") is None:
+            return {}
+        attention = block.attention
+        return {"q": attention.norm_q, "k": attention.norm_k}
+
+    def entry(self, model: Any) -> nn.Module:
+        return model.patch_embed.text_proj
+
+    def embed(self, model: Any, embeddings: Tensor) -> Tensor:
+        c = self.entry(model)(embeddings)
+        patch_embed = model.patch_embed
+        if patch_embed.use_positional_embeddings or patch_embed.use_learned_positional_embeddings:
+            # Zero for the sin-cos table, not for a learned one; every concept stands where a lone word would.
+            c = c + patch_embed.pos_embedding[:, :1].to(c)
+        return c
+
+    def grid(self, model: Any, arguments: Mapping[str, Any]) -> Grid:
+        _, frames, _, height, width = arguments["hidden_states"].shape
+        patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+        return Grid.regular(height // patch, width // patch, frames // patch_t)
+
+    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
+        config = pipe.transformer.config
+        token = pipe.vae_scale_factor_spatial * config.patch_size
+        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+        # The pipeline rounds up to whole patches in time.
+        return Grid.regular(height // token, width // token, -(-latent_frames // (config.patch_size_t or 1)))
+
+    def prepare(self, pipe: Any, pixels: Sequence[Any], prompts: Sequence[str], seed: int, **text: Any) -> EncodeInputs:
+        device, dtype, config = pipe._execution_device, pipe.transformer.dtype, pipe.transformer.config
+        video = torch.cat([pipe.video_processor.preprocess_video(list(frames)) for frames in pixels])
+        height, width = video.shape[-2:]
+        latents = pipe.vae.encode(video.to(device, pipe.vae.dtype)).latent_dist.mode()
+        latents = (latents * pipe.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).to(dtype)
+        frames = latents.shape[1]
+        if frames % (config.patch_size_t or 1):
+            raise ValueError(
+                f"{len(pixels[0])} frames make {frames} latent frames, which patches of {config.patch_size_t} frames "
+                "do not divide; give a number of frames that they do"
+            )
+        embeds, _ = pipe.encode_prompt(list(prompts), None, False, device=device, **text)
+        rotary = None
+        if config.use_rotary_positional_embeddings:
+            rotary = pipe._prepare_rotary_positional_embeddings(height, width, frames, device)
+        return EncodeInputs(
+            latents, draw_noise(latents, seed), {"encoder_hidden_states": embeds, "image_rotary_emb": rotary}
+        )
+
+    def tiny(self, variant: str, batch: int) -> TinyModel:
+        frames, height, width = (4 if variant == "1.5" else 3), 4, 6
+        model = _transformer(variant, text_width=32, text_tokens=5, frames=9, height=height, width=width)
+        inputs: dict[str, Any] = {
+            "hidden_states": torch.randn(batch, frames, 4, height, width),
+            "encoder_hidden_states": torch.randn(batch, 5, 32),
+            "timestep": torch.full((batch,), 700),
+        }
+        grid = Grid.regular(height // 2, width // 2, frames // (model.config.patch_size_t or 1))
+        if variant != "2b":
+            angles = torch.rand(len(grid), 8).mul(6).repeat_interleave(2, dim=-1)
+            inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
+        # 2B's position table has room for exactly max_text_seq_length text tokens, in the clamped oracle too.
+        return TinyModel(model, inputs, grid, concepts=torch.randn(5 if variant == "2b" else 3, 32))
+
+    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+
+        tokenizer, t5 = text.t5()
+        vae = AutoencoderKLCogVideoX(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        )
+        transformer = _transformer(variant, text_width=text.t5_width, text_tokens=226, frames=9, height=4, width=6)
+        scheduler = CogVideoXDDIMScheduler()
+        return CogVideoXPipeline(
+            tokenizer=tokenizer, text_encoder=t5, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+
+
+def _transformer(variant: str, *, text_width: int, text_tokens: int, frames: int, height: int, width: int) -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=text_width,
+        num_layers=3,
+        sample_width=width,
+        sample_height=height,
+        sample_frames=frames,
+        patch_size=2,
+        patch_size_t=2 if variant == "1.5" else None,
+        patch_bias=variant != "1.5",
+        temporal_compression_ratio=4,
+        max_text_seq_length=text_tokens,
+        use_rotary_positional_embeddings=variant != "2b",
+    )

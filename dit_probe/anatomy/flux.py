@@ -1,0 +1,164 @@
+"""Flux.1 (schnell, dev, Kontext, Fill …): joint blocks, then single-stream blocks on the joined sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_probe.anatomy.ada_zero import AdaZeroText
+from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, Rotary, TinyModel, TinyText, draw_noise
+
+
+class Flux(Anatomy):
+    """`FluxTransformer2DModel`."""
+
+    family = "flux"
+    classes = ("FluxTransformer2DModel",)
+    text = AdaZeroText(clips_half=True)
+    text_first = True
+    pooled = True
+    t5 = ("tokenizer_2", "text_encoder_2")
+    timestep_scale = 1000.0
+    variants = ("schnell", "dev")
+
+    def blocks(self, model: Any) -> tuple[Block, ...]:
+        joint = [
+            Block(layer, "joint", f"transformer_blocks.{layer}", block, block.attn)
+            for layer, block in enumerate(model.transformer_blocks)
+        ]
+        single = [
+            Block(len(joint) + index, "single", f"single_transformer_blocks.{index}", block, block.attn)
+            for index, block in enumerate(model.single_transformer_blocks)
+        ]
+        return (*joint, *single)
+
+    def text_rotary(self, arguments: Mapping[str, Any], tokens: int) -> Rotary:
+        cos, sin = arguments["image_rotary_emb"]
+        return cos[:tokens], sin[:tokens]
+
+    def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
+        attention = block.attention
+        if block.kind == "single":
+            return {"q": attention.norm_q, "k": attention.norm_k}
+        return {
+            "q_x": attention.norm_q,
+            "k_x": attention.norm_k,
+            "q_p": attention.norm_added_q,
+            "k_p": attention.norm_added_k,
+        }
+
+    def entry(self, model: Any) -> nn.Module:
+        return model.context_embedder
+
+    def conditioner(self, model: Any) -> nn.Module:
+        return model.time_text_embed
+
+    def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+        ids = arguments["img_ids"]
+        ids = ids[0] if ids.ndim == 3 else ids
+        return Grid(*(tuple(axis) for axis in ids.round().long().T.tolist()))
+
+    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
+        token = 2 * pipe.vae_scale_factor
+        return Grid.regular(height // token, width // token)
+
+    def pooled_vectors(self, pipe: Any, words: Sequence[str]) -> Tensor:
+        return pipe._get_clip_prompt_embeds(prompt=list(words), device=pipe._execution_device)
+
+    def prepare(self, pipe: Any, pixels: Sequence[Any], prompts: Sequence[str], seed: int, **text: Any) -> EncodeInputs:
+        device, dtype = pipe._execution_device, pipe.transformer.dtype
+        images = pipe.image_processor.preprocess([frames[0] for frames in pixels]).to(device, pipe.vae.dtype)
+        latents = pipe.vae.encode(images).latent_dist.mode()
+        latents = ((latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor).to(dtype)
+        rows, channels, height, width = latents.shape
+        noise = draw_noise(latents, seed)
+        embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), None, device=device, **text)
+        guidance = torch.full((rows,), 3.5, device=device) if pipe.transformer.config.guidance_embeds else None
+        pack = (rows, channels, height, width)
+        return EncodeInputs(
+            latents=pipe._pack_latents(latents, *pack),
+            noise=pipe._pack_latents(noise, *pack),
+            call={
+                "encoder_hidden_states": embeds,
+                "pooled_projections": pooled,
+                "txt_ids": text_ids,
+                "img_ids": pipe._prepare_latent_image_ids(rows, height // 2, width // 2, device, dtype),
+                "guidance": guidance,
+            },
+        )
+
+    def tiny(self, variant: str, batch: int) -> TinyModel:
+        from diffusers import FluxTransformer2DModel
+
+        model = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=variant == "dev",
+            axes_dims_rope=(4, 6, 6),
+        )
+        height, width, tokens = 3, 4, 5
+        grid = Grid.regular(height, width)
+        # Ids other than zero, or a forgotten text rotation would go unseen.
+        text_ids = torch.tensor([[2.0, 1.0 + token, 3.0 * token] for token in range(tokens)])
+        inputs = {
+            "hidden_states": torch.randn(batch, height * width, 16),
+            "encoder_hidden_states": torch.randn(batch, tokens, 32),
+            "pooled_projections": torch.randn(batch, 24),
+            "timestep": torch.full((batch,), 0.7),
+            "img_ids": torch.tensor([grid.frame, grid.y, grid.x]).T.float(),
+            "txt_ids": text_ids,
+            "guidance": torch.full((batch,), 3.5) if variant == "dev" else None,
+        }
+        return TinyModel(model, inputs, grid, concepts=torch.randn(3, 32))
+
+    def with_prompt(self, inputs: Mapping[str, Any], embeddings: Tensor) -> dict[str, Any]:
+        first = inputs["txt_ids"][:1]
+        return {
+            **inputs,
+            "encoder_hidden_states": embeddings,
+            "txt_ids": first.expand(embeddings.shape[1], -1),
+        }
+
+    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
+        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+        clip_tokenizer, clip = text.clip()
+        t5_tokenizer, t5 = text.t5()
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=text.t5_width,
+            pooled_projection_dim=text.clip_width,
+            guidance_embeds=variant == "dev",
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae,
+            text_encoder=clip,
+            tokenizer=clip_tokenizer,
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer,
+            transformer=transformer,
+        )

@@ -1,0 +1,148 @@
+"""What the attention operation saw: a tap on the call, open only while an attention module runs.
+
+Families either call ``F.scaled_dot_product_attention`` themselves or go through diffusers' attention backends, whose
+kernels need not call it at all. Both doors are watched; what is reported is the outermost call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dit_probe.errors import TraceError
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention operation, eqs. (1)-(5).
+
+    Attributes:
+        q, k, v: (row, token, head, head_dim), after projection, qk-norm and rotary embedding.
+        o: (row, token, head, head_dim), before the output projection.
+        mask: as given to the call (broadcastable to (row, head, query, key)), or None.
+        scale: factor on the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+class AttentionTap:
+    """Collects the attention calls made between `open` and `close`."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+        self._depth = 0
+        self._mode: TorchFunctionMode | None = None
+        self._backends: dict[Any, Callable[..., Any]] = {}
+
+    def open(self) -> None:
+        """Start listening."""
+        self.calls.clear()
+        self._depth = 0
+        self._mode = _FunctionMode(self)
+        self._mode.__enter__()
+        registry = _backends()
+        self._backends = dict(registry)
+        registry.update({name: self._wrap(function) for name, function in self._backends.items()})
+
+    def close(self) -> None:
+        """Stop listening and put everything back."""
+        if self._mode is None:
+            return
+        _backends().update(self._backends)
+        self._mode.__exit__(None, None, None)
+        self._mode = None
+
+    def joint(self, tokens: int, where: str) -> AttentionCall:
+        """The one call in which all `tokens` attend to each other.
+
+        Raises:
+            TraceError: there was none, or more than one.
+        """
+        found = [call for call in self.calls if call.q.shape[1] == call.k.shape[1] == tokens]
+        if len(found) != 1:
+            shapes = ", ".join(f"{call.q.shape[1]} queries on {call.k.shape[1]} keys" for call in self.calls) or "none"
+            raise TraceError(
+                f"{where}: expected one attention call over {tokens} tokens, saw {shapes}. The attention backend "
+                "bypasses both F.scaled_dot_product_attention and diffusers' dispatcher, or splits the sequence; "
+                "choose another one (transformer.set_attention_backend('native'))"
+            )
+        (call,) = found
+        if call.k.shape[2] != call.q.shape[2]:
+            raise TraceError(f"{where}: {call.k.shape[2]} key heads for {call.q.shape[2]} query heads is not supported")
+        return call
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def backend(*args: Any, **kwargs: Any) -> Any:
+            return self._observe(function, args, kwargs, heads_first=False)
+
+        return backend
+
+    def _observe(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, heads_first: bool
+    ) -> Any:
+        outermost = self._depth == 0
+        self._depth += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        if outermost:
+            self.calls.append(_call(args, kwargs, result, heads_first))
+        return result
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale) v, eqs. (4) and (5), for (row, token, head, head_dim)."""
+    heads_first = (part.transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, tap: AttentionTap) -> None:
+        super().__init__()
+        self._tap = tap
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._tap._observe(func, args, kwargs, heads_first=True)
+        return func(*args, **kwargs)
+
+
+def _backends() -> dict[Any, Callable[..., Any]]:
+    # The dispatcher's own name for its table of kernels; nothing public lies on the path of every backend.
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry._backends
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, heads_first: bool) -> AttentionCall:
+    names = ("query", "key", "value", "attn_mask")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    o = result[0] if isinstance(result, tuple) else result
+    tensors = [given["query"], given["key"], given["value"], o]
+    if heads_first:
+        tensors = [tensor.transpose(1, 2) for tensor in tensors]
+    scale = given.get("scale")
+    q = tensors[0]
+    return AttentionCall(*tensors, mask=given.get("attn_mask"), scale=q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def joint_attention(call: AttentionCall) -> Tensor:
+    """softmax(q k^T scale) of a call, float32 (row, head, query, key): the operation's weights, made explicit."""
+    logits = torch.einsum("rqhd,rkhd->rhqk", call.q.float(), call.k.float()) * call.scale
+    if call.mask is not None:
+        logits = logits.masked_fill(~call.mask, -torch.inf) if call.mask.dtype == torch.bool else logits + call.mask
+    return logits.softmax(dim=-1)

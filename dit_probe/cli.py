@@ -1,0 +1,309 @@
+"""``dit-probe …``: the main jobs from a shell. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from dit_probe.errors import ConceptError, DitProbeError, ProbeError
+
+DEMO_MODEL = "flux-picturebook"
+DEMO_PROMPT = "a sun and a boat on water"
+DEMO_CONCEPTS = "sun,boat,water"
+DEMO_STEPS = 12
+
+
+class Commands(TyperGroup):
+    """Prints a warning in a line and an error of ours as one message, ending with 2; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except DitProbeError as error:
+            Console(stderr=True).print(
+                f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from None
+
+
+Keep = Literal["vectors", "scores"]
+Space = Literal["output", "value", "cross"]
+Softmax = Literal["each", "after", "none"]
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A microscope for multi-modal diffusion transformers.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A saved pipeline directory, a hub id or a demo model.")]
+Prompt = Annotated[str, typer.Option(help="What to paint.")]
+Concepts = Annotated[str, typer.Option(help="Words to trace, separated by commas.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video.")]
+Seed = Annotated[int, typer.Option(help="Of the starting noise.")]
+KeepWhat = Annotated[Keep, typer.Option(help="Vectors, or only scores: a few hundred times smaller.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="Torch dtype; bfloat16 on an accelerator, else float32.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Move submodels to the device one at a time.")]
+Append = Annotated[bool, typer.Option("--append", help="Add a sample to the store if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start the store anew if it exists.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="A saved pipeline directory, a hub id or a demo model.")] = DEMO_MODEL,
+    prompt: Prompt = DEMO_PROMPT,
+    concepts: Annotated[str | None, typer.Option(help="Words to trace, separated by commas.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
+    store: Annotated[str | None, typer.Option(help="Where the trace goes; by default beside the page.")] = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    seed: Seed = 0,
+    keep: Annotated[Keep | None, typer.Option(help="By default vectors on a demo model, else scores.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Paint, trace into a store, reopen it and write one page with the maps of every concept in three spaces."""
+    import dit_probe as dp
+    from dit_probe import report
+    from dit_probe.loading import load_pipeline
+
+    small = model in dp.demo.names()
+    if concepts is None and prompt != DEMO_PROMPT:
+        raise ConceptError("no concepts for this prompt. Name some, background included: --concepts fox,snow,forest")
+    words = _words(concepts or DEMO_CONCEPTS)
+    page = out.resolve()
+    page.parent.mkdir(parents=True, exist_ok=True)
+    # The store that the demo names itself is its own to replace.
+    path, mode = (store, "w" if overwrite else None) if store else (str(page.with_suffix(".zarr")), "w")
+    pipe = load_pipeline(model, device, dtype, offload)
+    probe = _probe(words, keep or ("vectors" if small else "scores"))
+    arguments = _arguments(steps or (DEMO_STEPS if small else None), height, width, frames)
+    picture = _run(pipe, probe, prompt, seed, arguments, path, mode)
+
+    ds = dp.open(path)
+    page.write_text(report.demo(ds, picture, prompt=prompt, model=model, store=path), encoding="utf-8")
+    typer.echo(f"store  {path}\npage   {page}")
+
+
+@app.command()
+def trace(
+    model: Model,
+    prompt: Prompt,
+    concepts: Concepts,
+    store: Annotated[str, typer.Option(help="Directory or URL of the store.")],
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    seed: Seed = 0,
+    keep: KeepWhat = "vectors",
+    image: Annotated[Path | None, typer.Option(help="Also save the image (or the first frame) here.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+    append: Append = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a pipeline once and record its concepts into a store; what an interrupted run lacks is completed."""
+    from dit_probe.loading import load_pipeline
+
+    probe = _probe(_words(concepts), keep)
+    pipe = load_pipeline(model, device, dtype, offload)
+    arguments = _arguments(steps, height, width, frames)
+    picture = _run(pipe, probe, prompt, seed, arguments, store, "w" if overwrite else "a" if append else None)
+    if image is not None:
+        _first_frame(picture).save(image)
+    typer.echo(f"store  {store}")
+
+
+@app.command()
+def maps(
+    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    space: Annotated[Space, typer.Option(help="Where image and concepts are compared.")] = "output",
+    softmax: Annotated[Softmax, typer.Option(help="Softmax over concepts.")] = "each",
+    layers: Annotated[str | None, typer.Option(help="Layers to average, as 3,4 or 10-18; all by default.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to average; all by default.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Which run of the store.")] = 0,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("maps.html"),
+) -> None:
+    """Draw the maps of a saved trace; the model is not needed."""
+    import dit_probe as dp
+    from dit_probe import report
+
+    ds = dp.open(store)
+    page = report.maps(
+        ds,
+        space,
+        softmax=None if softmax == "none" else softmax,
+        layers=_numbers(layers, "--layers"),
+        steps=_numbers(steps, "--steps"),
+        sample=sample,
+    )
+    out.write_text(page, encoding="utf-8")
+    typer.echo(f"page   {out.resolve()}")
+
+
+@app.command()
+def info(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
+    """Say what a store holds and what is missing from it."""
+    import dit_probe as dp
+
+    _print_info(dp.store.info(store))
+
+
+@app.command()
+def plan(
+    model: Model,
+    concepts: Concepts,
+    height: Annotated[int, typer.Option(min=1, help="Pixels.")],
+    width: Annotated[int, typer.Option(min=1, help="Pixels.")],
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")],
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 1,
+    keep: KeepWhat = "vectors",
+) -> None:
+    """Price a trace before it runs: variables, dims and bytes."""
+    from dit_probe.loading import load_pipeline
+
+    probe = _probe(_words(concepts), keep)
+    pipe = load_pipeline(model, device="cpu")
+    typer.echo(str(probe.plan(pipe, height=height, width=width, steps=steps, frames=frames)))
+
+
+@app.command()
+def probes() -> None:
+    """List the probes that are installed, other packages' included."""
+    table = Table("probe", "what it does", "from")
+    for point in sorted(entry_points(group="dit_probe.probes"), key=lambda point: point.name):
+        try:
+            summary = (point.load().__doc__ or "").strip().split("\n")[0]
+        except Exception as error:  # another package's probe must not hide the others
+            summary = f"[red]does not load:[/red] {error}"
+        table.add_row(point.name, summary, point.value)
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point of the command ``dit-probe``."""
+    app()
+
+
+def _console() -> Console:
+    """The terminal, or a pipe that is wide enough for a table."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    Console(stderr=True).print(
+        f"{category.__name__}: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ConceptError(f"{text!r} names an empty concept. Separate the words by single commas: sun,boat,water")
+    return words
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    """``3,5-7`` as [3, 5, 6, 7]."""
+    if text is None:
+        return None
+    try:
+        parts = [part.split("-") for part in text.split(",")]
+        return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not like 3,5 or 10-18", param_hint=option) from None
+
+
+def _probe(words: list[str], keep: Keep) -> Any:
+    found = {point.name: point for point in entry_points(group="dit_probe.probes")}
+    if "ConceptAttention" not in found:
+        raise ProbeError(
+            "the probe ConceptAttention is not installed. Install the package again: pip install dit-probe"
+        )
+    concept_attention = found["ConceptAttention"].load()
+    if keep == "scores":
+        return concept_attention(words, record=(), scores=("output", "value", "cross"))
+    return concept_attention(words)
+
+
+def _arguments(steps: int | None, height: int | None, width: int | None, frames: int | None) -> dict[str, int]:
+    given = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _run(pipe: Any, probe: Any, prompt: str, seed: int, arguments: dict[str, int], store: str, mode: str | None) -> Any:
+    """One traced call; the image, or the list of frames."""
+    import torch
+
+    import dit_probe as dp
+
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    with dp.trace(pipe, probe, store=store, mode=mode, progress=sys.stderr.isatty()):
+        output = pipe(prompt, generator=generator, **arguments)
+    return output.images[0] if hasattr(output, "images") else output.frames[0]
+
+
+def _first_frame(picture: Any) -> Any:
+    return picture[0] if isinstance(picture, list) else picture
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    """Two tables: the run, and its variables."""
+    identity, attrs, sizes = facts["identity"], facts["attrs"], facts["sizes"]
+    run = Table(show_header=False, box=None)
+    for name in ("model", "class", "family", "dtype", "branch"):
+        run.add_row(name, str(identity.get(name, "")))
+    run.add_row("probes", ", ".join(str(probe.get("probe")) for probe in identity.get("probes", ())))
+    incomplete = f", incomplete: {_ranges(facts['incomplete'])}" if facts["incomplete"] else ""
+    run.add_row("samples", f"{len(facts['done'])} complete{incomplete}")
+    run.add_row("sizes", ", ".join(f"{dim} {size}" for dim, size in sizes.items() if dim != "sample"))
+    run.add_row("versions", ", ".join(f"{name} {version}" for name, version in attrs.get("versions", {}).items()))
+    run.add_row("on disk", _human(facts["bytes"]))
+    variables = Table("variable", "dims", "dtype", "layers", "steps", "on disk")
+    for name, variable in facts["variables"].items():
+        labels = [_ranges(variable.get(key) or ()) for key in ("layers", "steps")]
+        variables.add_row(name, " ".join(variable["dims"]), variable["dtype"], *labels, _human(variable["bytes"]))
+    _console().print(run, variables)
+
+
+def _ranges(numbers: Any) -> str:
+    """Sorted numbers as 0-5,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,45 @@
+"""Every error says what, where, what was found and how to fix it; all of them derive from `DitProbeError`."""
+
+
+class DitProbeError(Exception):
+    """Base of every error that dit-probe raises on purpose."""
+
+
+class ModelError(DitProbeError):
+    """The object to trace is not a pipeline or transformer that dit-probe can attach to."""
+
+
+class SiteError(DitProbeError):
+    """An activation was asked for where the model does not have it."""
+
+
+class ProbeError(DitProbeError):
+    """A probe, or a combination of probes, is contradictory or incomplete."""
+
+
+class ConceptError(DitProbeError):
+    """The list of concepts, or the embeddings given for it, cannot be used."""
+
+
+class TraceError(DitProbeError):
+    """A planned record was not made: hooks that did not fire, layers or steps that were never reached."""
+
+
+class ReplayError(TraceError):
+    """The concept stream, run on the prompt's own tokens, does not give what the model gives."""
+
+
+class StoreError(DitProbeError):
+    """A store cannot be created, continued or read."""
+
+
+class MapError(DitProbeError):
+    """A score or saliency map cannot be computed from the dataset, or would say nothing."""
+
+
+class ConceptWarning(UserWarning):
+    """A concept splits into several tokens and only the first is used."""
+
+
+class IncompleteWarning(UserWarning):
+    """A store holds samples whose recording was cut short."""

@@ -1,0 +1,314 @@
+"""The hooks on a transformer and its blocks: they gather activations and run the concept stream beside the model.
+
+The concept stream runs in the attention module's forward hook: there the block's weights are still on the device
+under every offloading scheme, while in the block's own hook they may have left it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_probe import schema, stream
+from dit_probe.anatomy import Anatomy, Block
+from dit_probe.attention import AttentionTap
+from dit_probe.errors import TraceError
+from dit_probe.probe import Combination, Observation
+
+
+@dataclass
+class Forward:
+    """One call of the transformer, as far as it is recorded.
+
+    Attributes:
+        step: step label.
+        branches: branch to the rows that belong to it.
+        wanted: variable to the layers at which it is recorded in this step.
+        embeddings: concept embeddings (row or 1, concept, text width), None without a concept stream.
+        pooled: one pooled vector per concept (concept, width), for pooled="concepts".
+        pads: branch to (row, prompt_token) bool, True on padding.
+        verify: whether to replay the first joint block.
+    """
+
+    step: int
+    branches: Mapping[str, slice]
+    wanted: Mapping[str, tuple[int, ...]]
+    embeddings: Tensor | None = None
+    pooled: Tensor | None = None
+    pads: Mapping[str, Tensor] = field(default_factory=dict)
+    verify: bool = False
+    c: dict[str, Tensor] = field(default_factory=dict)
+    temb: dict[str, Tensor] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def active(self, block: Block) -> bool:
+        """Whether anything is to be gathered in a block: a variable, or a concept stream on its way to one."""
+        if block.layer in self.layers or (self.verify and block.layer == 0):
+            return True
+        return self.embeddings is not None and block.kind == "joint" and block.layer < max(self.layers, default=0)
+
+    @property
+    def layers(self) -> set[int]:
+        """Layers at which any variable is recorded."""
+        return {layer for layers in self.wanted.values() for layer in layers}
+
+
+Write = Callable[[str, Tensor, int, int, str], None]
+
+
+class Hooks:
+    """Every hook of one trace on one transformer, from `attach` to `detach`.
+
+    Args:
+        anatomy: the model's family.
+        model: the transformer.
+        probes: what is recorded.
+        start: called with the transformer's arguments by name; what to record of this call, or None.
+        write: takes (variable, tensor (row, …), step, layer, branch).
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        model: nn.Module,
+        probes: Combination,
+        start: Callable[[dict[str, Any]], Forward | None],
+        write: Write,
+    ) -> None:
+        self._anatomy, self._model, self._probes = anatomy, model, probes
+        self._start, self._write = start, write
+        self._handles: list[Any] = []
+        self._tap = AttentionTap()
+        self._busy = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._forward: Forward | None = None
+        self._arguments: dict[str, Any] = {}
+        self._unrotated: dict[str, Tensor] = {}
+        self._norm_handles: list[Any] = []
+        self._replayed: tuple[stream.BlockCall, stream.Step] | None = None
+
+    def attach(self) -> None:
+        """Register every hook."""
+        anatomy, model, keep = self._anatomy, self._model, self._handles.append
+        keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        keep(model.register_forward_hook(self._after_model))
+        for block in anatomy.blocks(model):
+            keep(block.module.register_forward_pre_hook(self._before_block(block), with_kwargs=True))
+            keep(block.attention.register_forward_pre_hook(self._before_attention(block)))
+            keep(block.attention.register_forward_hook(self._after_attention(block), always_call=True))
+            keep(block.module.register_forward_hook(self._after_block(block)))
+        if self._probes.stream is not None:
+            keep(anatomy.entry(model).register_forward_hook(self._after_entry))
+            conditioner = anatomy.conditioner(model)
+            if conditioner is not None and self._probes.stream.pooled != "prompt":
+                keep(conditioner.register_forward_hook(self._after_conditioner, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook and close the tap, whatever state an exception left them in."""
+        self._tap.close()
+        for handle in [*self._handles, *self._norm_handles]:
+            handle.remove()
+        self._handles.clear()
+        self._reset()
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy:
+            return
+        self._reset()
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        self._forward = self._start(dict(bound.arguments))
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        forward = self._forward
+        if self._busy or forward is None:
+            return
+        self._reset()
+        missed = sorted(forward.layers - forward.seen)
+        if missed:
+            paths = [block.path for block in self._anatomy.blocks(module) if block.layer in missed]
+            raise TraceError(
+                f"step {forward.step}: {len(missed)} planned layer(s) did not run their attention "
+                f"({', '.join(paths[:4])}{', …' if len(paths) > 4 else ''}). A cache (FirstBlockCache, TeaCache …) or "
+                "layer skipping left them out; switch it off to trace"
+            )
+
+    def _after_conditioner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        forward = self._forward
+        if self._busy or forward is None or forward.embeddings is None:
+            return
+        *others, pooled = args
+        concepts = forward.embeddings.shape[1]
+        with self._quietly():
+            for branch, rows in forward.branches.items():
+                mine = [other[rows] for other in others]
+                if forward.pooled is None:
+                    replaced = torch.zeros_like(pooled[rows])
+                else:
+                    mine = [other.repeat_interleave(concepts, 0) for other in mine]
+                    replaced = forward.pooled.to(pooled).repeat(len(pooled[rows]), 1)
+                forward.temb[branch] = module(*mine, replaced)
+
+    def _after_entry(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        forward = self._forward
+        if self._busy or forward is None or forward.embeddings is None:
+            return
+        with self._quietly():
+            for branch, rows in forward.branches.items():
+                count = output[rows].shape[0]
+                embeddings = forward.embeddings.to(args[0]).expand(count, -1, -1)
+                forward.c[branch] = self._anatomy.embed(self._model, embeddings)
+
+    def _before_block(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._idle(block):
+                return
+            # Whatever an earlier block left is stale: a block whose attention is skipped must not reuse it.
+            self._unrotated, self._replayed = {}, None
+            self._arguments = block.bind(args, kwargs)
+            if any(name.endswith("_unrotated") for name in self._wanted(block)):
+                for name, norm in self._anatomy.unrotated(block, self._arguments).items():
+                    self._norm_handles.append(norm.register_forward_hook(self._after_norm(name)))
+
+        return hook
+
+    def _after_norm(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if not self._busy:
+                self._unrotated[name] = output.transpose(1, 2) if self._anatomy.heads_first else output
+
+        return hook
+
+    def _before_attention(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not self._idle(block):
+                self._tap.open()
+
+        return hook
+
+    def _after_attention(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._idle(block):
+                return
+            self._tap.close()
+            for handle in self._norm_handles:
+                handle.remove()
+            self._norm_handles.clear()
+            if output is None:  # the attention raised: its own error is on its way
+                return
+            with self._quietly():
+                self._record(block)
+
+        return hook
+
+    def _after_block(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            forward = self._forward
+            if forward is None or self._idle(block):
+                return
+            x, p = self._anatomy.outputs(output)
+            if self._replayed is not None:
+                stream.check_replay(self._anatomy, *self._replayed, p)
+            residuals = {"x": x, "p": p}
+            for branch, rows in forward.branches.items():
+                for name in self._wanted(block) & residuals.keys():
+                    self._write(name, residuals[name][rows], forward.step, block.layer, branch)
+
+        return hook
+
+    def _record(self, block: Block) -> None:
+        forward, anatomy, wanted = self._forward, self._anatomy, self._wanted(block)
+        assert forward is not None
+        x, p = anatomy.streams(self._arguments)
+        attention = self._tap.joint(x.shape[1] + p.shape[1], block.path)
+        call = stream.BlockCall(block, self._arguments, x, p, attention)
+        forward.seen.add(block.layer)
+        if forward.verify and block.layer == 0:
+            self._replayed = call, stream.replay(anatomy, call)
+        whole = self._image_and_prompt(call)
+        settings = self._probes.stream
+        for branch, rows in forward.branches.items():
+            seen = {name: tensor[rows] for name, tensor in whole.items()}
+            if settings is not None and branch in forward.c and block.kind == "joint":
+                c, temb = forward.c[branch], forward.temb.get(branch)
+                step = stream.advance(anatomy, call, c, rows=rows, temb=temb, attends=settings.attends)
+                seen |= {"q_c": step.projection.q, "k_c": step.projection.k, "v_c": step.projection.v, "o_c": step.o}
+                seen |= {"q_c_unrotated": step.projection.q_unrotated, "k_c_unrotated": step.projection.k_unrotated}
+                if step.c is not None:
+                    seen["c"] = forward.c[branch] = step.c
+            for name in wanted & seen.keys():
+                self._write(name, seen[name], forward.step, block.layer, branch)
+            for name in wanted & schema.SCORE_SOURCES.keys():
+                self._write(name, score(name, seen), forward.step, block.layer, branch)
+            self._observe(block, forward, branch, seen, wanted)
+
+    def _image_and_prompt(self, call: stream.BlockCall) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for letter in "qkvo":
+            found[f"{letter}_x"], found[f"{letter}_p"] = call.split(getattr(call.attention, letter), self._anatomy)
+        for letter in "qk":
+            if letter in self._unrotated:
+                x, p = call.split(self._unrotated[letter], self._anatomy)
+                found[f"{letter}_x_unrotated"], found[f"{letter}_p_unrotated"] = x, p
+            for token in "xp":
+                name = f"{letter}_{token}"
+                if name in self._unrotated:
+                    found[f"{name}_unrotated"] = self._unrotated[name]
+                elif not self._anatomy.unrotated(call.block, call.arguments):
+                    found[f"{name}_unrotated"] = found[name]
+        return found
+
+    def _observe(
+        self, block: Block, forward: Forward, branch: str, seen: Mapping[str, Tensor], wanted: set[str]
+    ) -> None:
+        for probe in self._probes:
+            names = wanted & probe.observes.keys()
+            if not names:
+                continue
+            scale = self._tap.calls[0].scale
+            where = Observation(block.layer, block.kind, forward.step, branch, scale, forward.pads.get(branch))
+            observed = probe.observe(where, {name: seen[name] for name in probe.needs})
+            if missing := names - observed.keys():
+                raise TraceError(f"{type(probe).__name__}.observe did not return {', '.join(sorted(missing))}")
+            for name in names:
+                self._write(name, observed[name].float(), forward.step, block.layer, branch)
+
+    def _idle(self, block: Block) -> bool:
+        return self._busy or self._forward is None or not self._forward.active(block)
+
+    def _wanted(self, block: Block) -> set[str]:
+        assert self._forward is not None
+        return {name for name, layers in self._forward.wanted.items() if block.layer in layers}
+
+    def _quietly(self) -> _Quiet:
+        return _Quiet(self)
+
+
+class _Quiet:
+    """No gradients, and no reaction of our own hooks to the modules we call."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks, self._no_grad = hooks, torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._hooks._busy = True
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._no_grad.__exit__(*error)
+        self._hooks._busy = False
+
+
+def score(name: str, activations: Mapping[str, Tensor]) -> Tensor:
+    """One layer's score (row, concept, image_token) in float32, by the definitions of `dit_probe.maps.scores`."""
+    image, concept = (activations[source].float() for source in schema.SCORE_SOURCES[name])
+    dots = torch.einsum("rnhd,rchd->rcn", image, concept)
+    heads, head_dim = image.shape[-2:]
+    # Attention logits, mean over heads; the other spaces are plain dot products.
+    return dots / (heads * head_dim**0.5) if name.startswith("score_cross") else dots

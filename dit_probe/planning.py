@@ -1,0 +1,209 @@
+"""What a run will hold, before it starts: the layout of its store, and what that costs."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_probe import schema
+from dit_probe.anatomy import Anatomy, Grid, find, transformer_of
+from dit_probe.concepts import text_limit
+from dit_probe.errors import ProbeError
+from dit_probe.probe import Combination, ranges
+
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The price of a run, before anything runs; printing it shows the table.
+
+    Attributes:
+        layout: variables, dims, coordinates.
+        samples: samples per run.
+    """
+
+    layout: schema.Layout
+    samples: int
+
+    @property
+    def nbytes(self) -> int:
+        """Uncompressed bytes of all variables."""
+        return sum(self.bytes_of(variable) for variable in self.layout.variables)
+
+    def bytes_of(self, variable: schema.Variable) -> int:
+        """Uncompressed bytes of one variable."""
+        chunk = math.prod(self.layout.sizes[dim] for dim in variable.dims) * _BYTES[variable.dtype]
+        chunks = 1 if variable.layers is None else len(variable.layers) * len(variable.steps or ())
+        return self.samples * self.layout.sizes.get("branch", 1) * chunks * chunk
+
+    def __str__(self) -> str:
+        sizes = self.layout.sizes
+        rows = [("variable", "dims at one (sample, step, layer)", "layers", "steps", "dtype", "size")]
+        for variable in self.layout.variables:
+            dims = " ".join(f"{dim}={sizes[dim]}" for dim in variable.dims)
+            layers, steps = ranges(variable.layers or ()), ranges(variable.steps or ())
+            rows.append((variable.name, dims, layers, steps, variable.dtype, _human(self.bytes_of(variable))))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = f"{self.samples} sample(s), {_human(self.nbytes)} before compression"
+        return "\n".join([*lines, total])
+
+
+def layout(
+    anatomy: Anatomy,
+    model: Any,
+    probes: Combination,
+    *,
+    grid: Grid,
+    prompt_tokens: int,
+    concepts: int,
+    timesteps: Sequence[float],
+    sigmas: Sequence[float],
+    branch: str,
+) -> schema.Layout:
+    """Everything about a run that is the same for all of its samples.
+
+    Args:
+        anatomy: the model's family.
+        model: the transformer.
+        probes: what is recorded.
+        grid: positions of the image tokens.
+        prompt_tokens: length of the prompt stream.
+        concepts: number of concepts.
+        timesteps: what the scheduler gives, one per step of the run, 0..1000; NaN where not known yet.
+        sigmas: noise levels, one per step.
+        branch: "cond", "uncond" or "both".
+
+    Raises:
+        SiteError: a layer or step that does not exist.
+    """
+    blocks = anatomy.blocks(model)
+    layers = probes.layers(blocks, type(model).__name__)
+    steps = probes.steps(len(timesteps))
+    dtype = str(model.dtype).removeprefix("torch.")
+    heads, head_dim = anatomy.heads(model)
+    dims = {name: schema.token_dims(name) for probe in probes for name in probe.record}
+    dims |= {name: ("concept", "image_token") for name in probes.names if name in schema.SCORE_SOURCES}
+    dims |= {name: tuple(observed) for probe in probes for name, observed in probe.observes.items()}
+    variables = [
+        schema.Variable(name, dims[name], dtype if name in schema.ACTIVATIONS else "float32", layers[name], steps[name])
+        for name in probes.names
+    ]
+    kept_layers = sorted({layer for chosen in layers.values() for layer in chosen})
+    kept_steps = sorted({step for chosen in steps.values() for step in chosen})
+    sizes = {
+        "step": len(kept_steps),
+        "layer": len(kept_layers),
+        "image_token": len(grid),
+        "prompt_token": prompt_tokens,
+        "concept": concepts,
+        "head": heads,
+        "head_dim": head_dim,
+        "width": heads * head_dim,
+    }
+    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "step": (("step",), np.array(kept_steps, dtype=np.int64)),
+        "timestep": (("step",), np.array([timesteps[step] for step in kept_steps], dtype=np.float64)),
+        "sigma": (("step",), np.array([sigmas[step] for step in kept_steps], dtype=np.float64)),
+        "layer": (("layer",), np.array(kept_layers, dtype=np.int64)),
+        "kind": (("layer",), np.array([blocks[layer].kind for layer in kept_layers], dtype=str)),
+        "patch_frame": (("image_token",), np.array(grid.frame, dtype=np.int64)),
+        "patch_y": (("image_token",), np.array(grid.y, dtype=np.int64)),
+        "patch_x": (("image_token",), np.array(grid.x, dtype=np.int64)),
+    }
+    if branch == "both":
+        sizes["branch"] = len(schema.BRANCHES)
+        coords["branch"] = (("branch",), np.array(schema.BRANCHES, dtype=str))
+    attrs = {
+        "identity": {
+            "model": _name(model),
+            "class": type(model).__name__,
+            "family": anatomy.family,
+            "blocks": len(blocks),
+            "dtype": dtype,
+            "branch": branch,
+            "probes": probes.json(),
+        },
+        "versions": _versions(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return schema.Layout(tuple(variables), sizes, coords, attrs)
+
+
+def plan(
+    pipe: Any,
+    probes: Combination,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    frames: int = 1,
+    samples: int = 1,
+    branch: str = "cond",
+    max_sequence_length: int | None = None,
+) -> Plan:
+    """What a pipeline call of this size would record: variables, dims and bytes; nothing runs.
+
+    Args:
+        pipe: the pipeline.
+        probes: what is recorded.
+        height: of the image, pixels.
+        width: of the image, pixels.
+        steps: denoising steps.
+        frames: frames of the video.
+        samples: images or videos.
+        branch: "cond", "uncond" or "both" halves of guidance.
+        max_sequence_length: T5 tokens of the prompt; None: the pipeline's default.
+
+    Raises:
+        ModelError: the family is unknown.
+        SiteError: a layer or step that does not exist.
+        ProbeError: the probes contradict each other.
+    """
+    anatomy, model = find(pipe), transformer_of(pipe)
+    if model is pipe:
+        raise ProbeError("plan needs the pipeline, whose VAE and text encoder fix the sizes; found its transformer")
+    stream = probes.stream
+    described = layout(
+        anatomy,
+        model,
+        probes,
+        grid=anatomy.planned_grid(pipe, height, width, frames),
+        prompt_tokens=anatomy.prompt_tokens(max_sequence_length or text_limit(pipe)),
+        concepts=len(stream.concepts) if stream else 0,
+        timesteps=[float("nan")] * steps,
+        sigmas=[float("nan")] * steps,
+        branch=branch,
+    )
+    return Plan(described, samples)
+
+
+def _name(model: Any) -> str:
+    """The hub's name of a model, or that of its directory; where the directory lies makes no other model of it."""
+    path = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if not os.path.isdir(path):
+        return path
+    parts = [part for part in Path(path).parts if part != "transformer"]
+    return parts[-1]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("dit-probe", "torch", "diffusers", "transformers")}
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,265 @@
+"""Public conformance checks: tiny random models, tiny pipelines made offline, and the oracles of the concept stream.
+
+Three oracles, none of which knows what a family file says about its blocks:
+
+* `clamped`: the model itself, run on the concepts as its prompt while every joint block is given the image stream
+  that was recorded before;
+* `attention_from_store`: eq. (4) in float64 from stored q, k and v;
+* replay (`dit_probe.stream.replay`): the concept code run on the prompt's own tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dit_probe import stream
+from dit_probe.anatomy import families, find
+from dit_probe.anatomy.base import Block, TinyModel
+from dit_probe.attention import AttentionTap
+
+
+def cases() -> list[tuple[str, str]]:
+    """Every (family, variant) that a family file offers a tiny model for.
+
+    Example:
+        >>> ("flux", "dev") in cases()
+        True
+    """
+    return [(name, variant) for name, anatomy in sorted(families().items()) for variant in anatomy.variants]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model weights under which every norm, gate and bias matters, and put it in evaluation mode.
+
+    Matrices get a standard deviation of 1.2 / sqrt(fan in); vectors, which initialise to 0 or 1, are perturbed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(noise * 1.2 / parameter[0].numel() ** 0.5)
+        else:
+            parameter.add_(0.3 * noise)
+    return model.eval()
+
+
+def tiny_model(
+    family: str, variant: str | None = None, *, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> TinyModel:
+    """A small random transformer of a family, with the inputs of one call.
+
+    Args:
+        family: a family's name.
+        variant: one of its variants; None: the first.
+        batch: rows.
+        dtype: precision of weights and inputs.
+        seed: of weights and inputs.
+
+    Example:
+        >>> tiny = tiny_model("sd3", batch=1)
+        >>> tuple(tiny.transformer(**tiny.inputs).sample.shape)
+        (1, 4, 6, 8)
+    """
+    anatomy = families()[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tiny = anatomy.tiny(variant or anatomy.variants[0], batch)
+    inputs = {name: _cast(value, dtype) for name, value in tiny.inputs.items()}
+    # nn.Module.to, since the models' own override only adds a warning about checkpoints.
+    model = nn.Module.to(randomise(tiny.transformer, seed), dtype)
+    return replace(tiny, transformer=model, inputs=inputs, concepts=tiny.concepts.to(dtype))
+
+
+def tiny_pipeline(family: str, variant: str | None = None, *, seed: int = 0) -> Any:
+    """A small random pipeline of a family, made offline: its own tokenizers, text encoders, VAE and transformer.
+
+    Args:
+        family: a family's name.
+        variant: one of its variants; None: the first.
+        seed: of the weights.
+
+    Example:
+        >>> type(tiny_pipeline("sd3")).__name__
+        'StableDiffusion3Pipeline'
+    """
+    anatomy = families()[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe = anatomy.tiny_pipeline(variant or anatomy.variants[0], _Text())
+        randomise(pipe.transformer, seed)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class _Text:
+    """Tokenizers and encoders of the demo models, untrained."""
+
+    t5_width, clip_width = 64, 32
+
+    def t5(self) -> tuple[Any, Any]:
+        from dit_probe.demo.text import t5_encoder, t5_tokenizer
+
+        tokenizer = t5_tokenizer()
+        return tokenizer, t5_encoder(len(tokenizer))
+
+    def clip(self, *, projection: bool = False) -> tuple[Any, Any]:
+        from transformers import CLIPTextModelWithProjection
+
+        from dit_probe.demo.text import clip_encoder, clip_tokenizer
+
+        tokenizer = clip_tokenizer()
+        encoder = clip_encoder(tokenizer)
+        return tokenizer, CLIPTextModelWithProjection(encoder.config) if projection else encoder
+
+
+def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict[str, float]]:
+    """Self-replay of every joint block in one forward: relative differences of ``o_p`` and ``p`` by layer.
+
+    Args:
+        model: a pipeline or transformer.
+        call: runs the transformer once.
+
+    Raises:
+        ReplayError: a block's replay differs by more than its precision explains.
+    """
+    anatomy = find(model)
+    found: dict[int, dict[str, float]] = {}
+
+    def check(call: stream.BlockCall, output: Any) -> None:
+        if call.block.kind == "joint":
+            step = stream.replay(anatomy, call)
+            found[call.block.layer] = stream.check_replay(anatomy, call, step, anatomy.outputs(output)[1])
+
+    with torch.no_grad(), watched(model, check):
+        call()
+    return found
+
+
+@torch.no_grad()
+def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor) -> list[dict[str, Tensor]]:
+    """What the model itself makes of concepts: run on them as its prompt, with the image stream put back.
+
+    Args:
+        model: the transformer.
+        inputs: arguments of one call, by name.
+        concepts: (row, concept, text width).
+
+    Returns:
+        One dict for every joint layer: ``o_c`` (row, concept, head, head_dim) and, where the block has a text
+        output, ``c`` (row, concept, width).
+    """
+    anatomy = find(model)
+    images: dict[int, Tensor] = {}
+    with watched(model, lambda call, output: images.setdefault(call.block.layer, call.x)):
+        model(**inputs)
+
+    layers: list[dict[str, Tensor]] = []
+
+    def keep(call: stream.BlockCall, output: Any) -> None:
+        if call.block.kind == "joint":
+            c = anatomy.outputs(output)[1]
+            o = call.split(call.attention.o, anatomy)[1]
+            layers.append({"o_c": o} if c is None else {"o_c": o, "c": c})
+
+    def put_back(block: Block) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "hidden_states": images[block.layer]}
+
+        return hook
+
+    joint = [block for block in anatomy.blocks(model) if block.kind == "joint"]
+    handles = [block.module.register_forward_pre_hook(put_back(block), with_kwargs=True) for block in joint]
+    try:
+        with watched(model, keep):
+            model(**anatomy.with_prompt(inputs, concepts))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers
+
+
+def attention_from_store(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(d)) v in float64, for arrays (…, token, head, head_dim): eqs. (4) and (5).
+
+    Example:
+        >>> one = np.ones((1, 1, 2))
+        >>> attention_from_store(one, one, 3 * one).tolist()
+        [[[3.0, 3.0]]]
+    """
+    q, k, v = (np.asarray(part, dtype=np.float64) for part in (q, k, v))
+    logits = np.einsum("...qhd,...khd->...hqk", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("...hqk,...khd->...qhd", weights, v)
+
+
+def leftovers(pipe: Any) -> list[str]:
+    """Hooks and patched attributes on a pipeline and its modules, by name; tracing must leave none of its own."""
+    model = getattr(pipe, "transformer", pipe)
+    found = [
+        f"{name or 'model'}.{kind}"
+        for name, module in model.named_modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+        if getattr(module, kind)
+    ]
+    owners = {"transformer": (model, "cache_context"), "scheduler": (getattr(pipe, "scheduler", None), "step")}
+    found += [f"{name}.{attribute}" for name, (owner, attribute) in owners.items() if attribute in vars(owner or _Text)]
+    found += ["pipeline class"] if "<locals>" in repr(type(pipe).__dict__.get("__call__")) else []
+    modes = torch.overrides._get_current_function_mode_stack()
+    found += [f"mode {type(mode).__name__}" for mode in modes if type(mode).__module__.startswith("dit_probe")]
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    wrapped = [name for name, f in _AttentionBackendRegistry._backends.items() if f.__module__.startswith("dit_probe")]
+    return found + [f"attention backend {name}" for name in wrapped]
+
+
+@contextlib.contextmanager
+def watched(model: Any, see: Callable[[stream.BlockCall, Any], object]) -> Iterator[None]:
+    """Call `see` with every block's call and output while inside; hooks of its own, apart from `trace`'s."""
+    anatomy = find(model)
+    transformer = getattr(model, "transformer", model)
+    taps: dict[int, AttentionTap] = {}
+    arguments: dict[int, dict[str, Any]] = {}
+    handles: list[Any] = []
+
+    def hooks(block: Block) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments[block.layer] = block.bind(args, kwargs)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            bound = arguments.pop(block.layer)
+            x, p = anatomy.streams(bound)
+            attention = taps[block.layer].joint(x.shape[1] + p.shape[1], block.path)
+            see(stream.BlockCall(block, bound, x, p, attention), output)
+
+        tap = taps[block.layer] = AttentionTap()
+        handles.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.attention.register_forward_pre_hook(lambda module, args: tap.open()))
+        handles.append(block.attention.register_forward_hook(lambda module, args, out: tap.close(), always_call=True))
+        handles.append(block.module.register_forward_hook(after))
+
+    for block in anatomy.blocks(transformer):
+        hooks(block)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    # Rotary tables and integer timesteps keep their precision, as pipelines pass them.
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

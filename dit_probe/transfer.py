@@ -1,0 +1,35 @@
+"""Activations on their way from the device to the writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def host(tensor: Tensor) -> tuple[np.ndarray | Callable[[], np.ndarray], int]:
+    """A copy on the host that later changes cannot reach, or a function that waits for it; and its bytes.
+
+    bfloat16 comes as its bits (uint16), which numpy has no type for.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    if not tensor.is_cuda:
+        return _numpy(tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)), nbytes
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor.detach(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> np.ndarray:
+        event.synchronize()
+        return _numpy(pinned)
+
+    return wait, nbytes
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()

@@ -1,0 +1,232 @@
+"""Every anatomy against every oracle. No family is known here by name: a new family file is picked up as it is."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dit_probe as dp
+from dit_probe import anatomy, stream, testing
+from dit_probe.errors import ReplayError
+
+CASES = testing.cases()
+DTYPES = [torch.float32, torch.bfloat16]
+VECTORS = [f"{letter}_{token}" for letter in "qkvo" for token in "xpc"]
+RESIDUALS = ["x", "p", "c"]
+
+
+def limit(dtype: torch.dtype) -> float:
+    return stream.tolerance(dtype)
+
+
+def close(found, expected, dtype=torch.float32) -> None:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= limit(dtype) * np.abs(expected).max()
+
+
+def numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().numpy()
+
+
+def names(tiny: testing.TinyModel) -> list[str]:
+    return [f"concept {index}" for index in range(len(tiny.concepts))]
+
+
+def traced(tiny: testing.TinyModel, probe: dp.Probe, **options):
+    with torch.no_grad(), dp.trace(tiny.transformer, probe, concepts=tiny.concepts, progress=False, **options) as run:
+        output = tiny.transformer(**tiny.inputs).sample
+    return output, run.dataset.load()
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
+    tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
+    differences = testing.replay_differences(tiny.transformer, lambda: tiny.transformer(**tiny.inputs))
+    joint = [block for block in anatomy.find(tiny.transformer).blocks(tiny.transformer) if block.kind == "joint"]
+    assert sorted(differences) == [block.layer for block in joint]
+    for block in joint:
+        assert differences[block.layer].keys() == ({"o_p", "p"} if block.text_output else {"o_p"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_concept_stream_equals_the_model_run_on_concepts(case, batch, dtype):
+    tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
+    expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(batch, -1, -1))
+    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"]))
+    assert len(expected) == ds.sizes["layer"]
+    for layer, values in enumerate(expected):
+        for name, value in values.items():
+            close(ds[name].sel(layer=layer).isel(step=0), numpy(value), dtype)
+
+
+def test_equation_4_holds_on_what_was_stored(case, tmp_path):
+    tiny = testing.tiny_model(*case)
+    _, ds = traced(tiny, dp.Probe(names(tiny), record=VECTORS), store=tmp_path / "run.zarr")
+    ds = dp.open(tmp_path / "run.zarr").load()
+    joint = ds.sel(layer=ds.kind == "joint")
+    for queries in ("c", "p", "x"):
+        # Concepts read the image and each other; prompt and image read the prompt and the image, never concepts.
+        text = "c" if queries == "c" else "p"
+        k, v = (
+            np.concatenate([joint[f"{letter}_x"].values, joint[f"{letter}_{text}"].values], axis=3) for letter in "kv"
+        )
+        close(joint[f"o_{queries}"], testing.attention_from_store(joint[f"q_{queries}"].values, k, v))
+
+
+def test_output_is_untouched_and_nothing_stays_hooked(case):
+    tiny = testing.tiny_model(*case)
+    with torch.no_grad():
+        before = tiny.transformer(**tiny.inputs).sample
+    during, _ = traced(tiny, dp.Probe(names(tiny), record=[*VECTORS, *RESIDUALS], scores=dp.schema.SPACES))
+    with torch.no_grad():
+        after = tiny.transformer(**tiny.inputs).sample
+    assert torch.equal(before, during) and torch.equal(before, after)
+    assert testing.leftovers(tiny.transformer) == []
+
+
+def test_concepts_are_a_set(case):
+    tiny = testing.tiny_model(*case)
+    order = torch.arange(len(tiny.concepts)).flip(0)
+    probe = dp.Probe(names(tiny), record=["o_c", "c", "q_c"])
+    _, ds = traced(tiny, probe)
+    _, turned = traced(dataclasses.replace(tiny, concepts=tiny.concepts[order]), probe)
+    for name in ("o_c", "q_c"):
+        close(turned[name].isel(concept=order.numpy()), ds[name])
+
+
+def test_residual_streams_are_the_blocks_outputs(case):
+    tiny = testing.tiny_model(*case)
+    _, ds = traced(tiny, dp.Probe(record=["x", "p"], layers="all"))
+    family = anatomy.find(tiny.transformer)
+    seen = {}
+    with torch.no_grad(), testing.watched(tiny.transformer, lambda call, out: seen.update({call.block.layer: out})):
+        tiny.transformer(**tiny.inputs)
+    assert len(seen) == ds.sizes["layer"]
+    for layer, output in seen.items():
+        x, p = family.outputs(output)
+        assert np.array_equal(ds.x.sel(layer=layer).isel(step=0), numpy(x))
+        if p is not None:
+            assert np.array_equal(ds.p.sel(layer=layer).isel(step=0), numpy(p))
+
+
+def test_tokens_are_labelled_with_their_place(case):
+    tiny = testing.tiny_model(*case)
+    _, ds = traced(tiny, dp.Probe(record=["x"]))
+    for axis in ("frame", "y", "x"):
+        assert tuple(ds[f"patch_{axis}"].values) == getattr(tiny.grid, axis)
+
+
+# --- Mutation checks: an oracle that cannot fail proves nothing.
+
+
+def swapped_gates(text):
+    class Mutant(type(text)):
+        def project(self, c, context):
+            projection = super().project(c, context)
+            return dataclasses.replace(projection, modulation=projection.modulation[::-1])
+
+        def update(self, c, o, projection, context):
+            if len(projection.modulation) > 1:
+                return super().update(c, o, projection, context)
+            # The shared-weights text side carries one gate; the other comes from norm2: exchange the modules.
+            block = context.block.module
+            block.norm1, block.norm2 = block.norm2, block.norm1
+            try:
+                return super().update(c, o, projection, context)
+            finally:
+                block.norm1, block.norm2 = block.norm2, block.norm1
+
+    return Mutant()
+
+
+def no_text_rotary(text):
+    class Mutant(type(text)):
+        def project(self, c, context):
+            return super().project(c, dataclasses.replace(context, rotary=None))
+
+    return Mutant()
+
+
+def no_key_norm(text):
+    class Mutant(type(text)):
+        def project(self, c, context):
+            attention = context.block.attention
+            name = "norm_added_k" if getattr(attention, "norm_added_k", None) is not None else "norm_k"
+            norm = getattr(attention, name)
+            setattr(attention, name, nn.Identity())
+            try:
+                return super().project(c, context)
+            finally:
+                setattr(attention, name, norm)
+
+    return Mutant()
+
+
+def no_output_projection(text):
+    class Mutant(type(text)):
+        def update(self, c, o, projection, context):
+            return super().update(c, torch.zeros_like(o), projection, context)
+
+    return Mutant()
+
+
+def mutate(monkeypatch, tiny, change) -> None:
+    family = anatomy.find(tiny.transformer)
+    if change == "stream order":
+        monkeypatch.setattr(type(family), "text_first", not family.text_first)
+    else:
+        monkeypatch.setattr(type(family), "text", change(family.text))
+
+
+def applies(tiny, change) -> bool:
+    block = anatomy.find(tiny.transformer).blocks(tiny.transformer)[0]
+    if change is no_text_rotary:
+        return tiny.inputs.get("txt_ids") is not None
+    if change is no_key_norm:
+        return any(getattr(block.attention, name, None) is not None for name in ("norm_added_k", "norm_k"))
+    return True
+
+
+MUTATIONS = [swapped_gates, no_text_rotary, no_key_norm, no_output_projection, "stream order"]
+
+
+@pytest.mark.parametrize("change", MUTATIONS, ids=lambda change: getattr(change, "__name__", change))
+def test_a_wrong_anatomy_is_refused(case, change, monkeypatch):
+    tiny = testing.tiny_model(*case)
+    if not applies(tiny, change):
+        return
+    mutate(monkeypatch, tiny, change)
+    with pytest.raises(ReplayError, match="does not describe this model"):
+        testing.replay_differences(tiny.transformer, lambda: tiny.transformer(**tiny.inputs))
+
+
+@pytest.mark.parametrize("change", MUTATIONS[:4], ids=lambda change: change.__name__)
+def test_a_wrong_anatomy_differs_from_the_clamped_model(case, change, monkeypatch):
+    tiny = testing.tiny_model(*case)
+    if not applies(tiny, change):
+        return
+    expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(2, -1, -1))
+    mutate(monkeypatch, tiny, change)
+    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"]), verify=None)
+    value = numpy(expected[1]["c"])
+    off = np.abs(ds.c.sel(layer=1).isel(step=0).values - value).max() / np.abs(value).max()
+    assert off > 100 * limit(torch.float32)
+
+
+def test_trace_refuses_a_model_that_its_anatomy_does_not_describe(case, monkeypatch):
+    tiny = testing.tiny_model(*case)
+    mutate(monkeypatch, tiny, no_output_projection)
+    with pytest.raises(ReplayError, match=r"transformer_blocks\.0"):
+        traced(tiny, dp.Probe(names(tiny), record=["o_c"], layers=[1]))
+    assert testing.leftovers(tiny.transformer) == []

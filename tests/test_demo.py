@@ -1,0 +1,157 @@
+"""The demo model that ships: stock classes, offline, small, and its pictures look like their captions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+
+import dit_probe.demo as demo
+from dit_probe.datasets.scenes import BACKGROUNDS, scene
+from dit_probe.demo.autoencoder import to_pixels
+from dit_probe.demo.model import Denoiser, positions, save
+from dit_probe.demo.muon import Muon
+from dit_probe.demo.text import TRAINED, WORDS, clip_tokenizer, t5_tokenizer
+from dit_probe.demo.train import main
+
+NAME = "flux-picturebook"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(demo.path(NAME))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: FluxPipeline, prompts: list[str], **arguments: object) -> np.ndarray:
+    settings = {"height": 64, "width": 64, "num_inference_steps": 12, "max_sequence_length": 32, "output_type": "np"}
+    return pipe(prompts, **{**settings, "generator": torch.Generator().manual_seed(0), **arguments}).images
+
+
+def test_plain_from_pretrained_gives_stock_classes_in_float32(pipe: FluxPipeline) -> None:
+    assert type(pipe) is FluxPipeline
+    assert type(pipe.transformer) is FluxTransformer2DModel
+    assert type(pipe.vae) is AutoencoderKL
+    for component in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        assert {weight.dtype for weight in component.parameters()} == {torch.float32}
+        assert all(torch.isfinite(weight).all() for weight in component.parameters())
+
+
+def test_weights_fit_in_eight_megabytes() -> None:
+    files = list(demo.path(NAME).rglob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    assert not list(demo.path(NAME).rglob("*.bin"))
+
+
+def test_every_word_is_one_token(pipe: FluxPipeline) -> None:
+    for word in WORDS:
+        assert pipe.tokenizer_2.tokenize(word) == [f"▁{word}"]
+        assert pipe.tokenizer.tokenize(word) == [f"{word}</w>"]
+    unknown = pipe.tokenizer_2("zebra").input_ids
+    assert pipe.tokenizer_2.unk_token_id not in unknown
+
+
+def test_every_caption_is_made_of_trained_words() -> None:
+    for seed in range(200):
+        assert set(scene(seed).caption.replace(",", "").split()) <= set(TRAINED)
+
+
+def test_shipped_tokenizers_are_those_of_the_recipe(pipe: FluxPipeline) -> None:
+    caption = "a sun left of a boat, water zebra"
+    assert pipe.tokenizer_2(caption).input_ids == t5_tokenizer()(caption).input_ids
+    assert pipe.tokenizer(caption).input_ids == clip_tokenizer()(caption).input_ids
+
+
+def test_pictures_have_the_background_that_was_asked_for(pipe: FluxPipeline) -> None:
+    """Of real scenes on every background, the picture's median colour is nearest to the one in the prompt."""
+    images = draw(pipe, [f"boat, {word}" for word in BACKGROUNDS])
+    drawn = np.median(images.reshape(len(images), -1, 3), axis=1)
+    real = [np.median(scene(7, objects=["boat"], background_word=w).image.reshape(-1, 3), axis=0) for w in BACKGROUNDS]
+    nearest = np.linalg.norm(drawn[:, None] - np.array(real)[None] / 255, axis=-1).argmin(axis=1)
+    assert nearest.tolist() == list(range(len(BACKGROUNDS)))
+
+
+def test_pictures_show_something_smooth_and_reproducible(pipe: FluxPipeline) -> None:
+    images = draw(pipe, ["a sun on grass"])
+    assert images.shape == (1, 64, 64, 3)
+    assert images.std() > 0.05
+    # noise differs from pixel to pixel as much as from one end of the picture to the other; drawings don't
+    assert np.abs(np.diff(images, axis=2)).mean() < 0.35 * images.std()
+    assert np.array_equal(images, draw(pipe, ["a sun on grass"]))
+    yellow = (images[0, ..., 0] > 0.85) & (images[0, ..., 1] > 0.6) & (images[0, ..., 2] < 0.5)
+    assert 40 < yellow.sum() < 1200
+
+
+def test_plain_call_with_512_unmasked_pads_draws_the_same_kind_of_picture(pipe: FluxPipeline) -> None:
+    """The stock default pads T5 to 512 tokens and masks none of them."""
+    short, long = (draw(pipe, ["a car on sand"], num_inference_steps=4, max_sequence_length=n) for n in (32, 512))
+    medians = [np.median(images.reshape(-1, 3), axis=0) for images in (short, long)]
+    assert np.abs(medians[0] - medians[1]).max() < 0.1
+
+
+def test_autoencoder_is_faithful(pipe: FluxPipeline) -> None:
+    pixels = to_pixels(np.stack([scene(9_000_000 + seed).image for seed in range(8)]))
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode()
+        error = (pipe.vae.decode(latents).sample - pixels).abs().mean()
+    assert float(error) < 0.05
+    scaled = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    assert 0.8 < float(scaled.std()) < 1.2
+
+
+def test_load_draws_at_the_size_of_the_training() -> None:
+    loaded = demo.load(NAME)
+    loaded.set_progress_bar_config(disable=True)
+    image = loaded("a sun on water", num_inference_steps=1, max_sequence_length=32).images[0]
+    assert image.size == (64, 64)
+
+
+def test_unknown_name_lists_those_known() -> None:
+    assert NAME in demo.names()
+    with pytest.raises(demo.DemoError, match=f"no demo model 'flux-comics'.*{NAME}"):
+        demo.load("flux-comics")
+
+
+def test_importing_the_demo_package_is_light() -> None:
+    code = "import sys, dit_probe.demo; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_coarse_tokens_lie_between_the_fine_ones() -> None:
+    fine, coarse = positions(16).reshape(16, 16, 3), positions(8).reshape(8, 8, 3)
+    assert torch.equal(coarse, fine.reshape(8, 2, 8, 2, 3).mean(dim=(1, 3)))
+
+
+def test_muon_updates_have_the_size_of_adams() -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(16, 48)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    Muon(weights, lr=1.0).step()
+    for weight in weights:
+        assert 0.1 < weight.detach().square().mean().sqrt().item() < 0.3
+
+
+def test_recipe_runs_resumes_and_saves_a_pipeline(tmp_path: Path) -> None:
+    small = f"{NAME} --work {tmp_path} --scenes 40 --autoencoder-steps 2 --device cpu".split()
+    main([*small, "--steps", "1"])
+    main([*small, "--steps", "2", "--resume", "--out", str(tmp_path / "out")])
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+    assert type(FluxPipeline.from_pretrained(tmp_path / "out")) is FluxPipeline
+
+
+def test_saved_pipeline_computes_what_was_trained(tmp_path: Path, pipe: FluxPipeline) -> None:
+    model = Denoiser()
+    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    save(model, pipe.vae, tmp_path)
+    again = FluxPipeline.from_pretrained(tmp_path)
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.equal(again.transformer.state_dict()[name], weight), name
