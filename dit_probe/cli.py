@@ -76,7 +76,7 @@ def demo(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
-    seed: Seed = 0,
+    seed: Seed = 2,
     keep: Annotated[Keep | None, typer.Option(help="By default vectors on a demo model, else scores.")] = None,
     device: Device = None,
     dtype: Dtype = None,

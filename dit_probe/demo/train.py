@@ -195,7 +195,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=float, default=300, help="seconds between checkpoints")
     parser.add_argument("--draw-every", type=float, default=600, help="seconds between pictures of samples")
     options = parser.parse_args(arguments)
-    torch.set_flush_denormal(True)
     options.work.mkdir(parents=True, exist_ok=True)
     vae, examples = prepare(options.work, options.scenes, options.autoencoder_steps, options.seed, options.device)
     trainer = Trainer(examples, options.seed, options.device)
@@ -212,4 +211,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # denormal numbers of a young model cost several times the time
     main()
