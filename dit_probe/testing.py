@@ -147,13 +147,14 @@ def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict
 
 
 @torch.no_grad()
-def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor) -> list[dict[str, Tensor]]:
+def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: Any) -> list[dict[str, Tensor]]:
     """What the model itself makes of concepts: run on them as its prompt, with the image stream put back.
 
     Args:
         model: the transformer.
         inputs: arguments of one call, by name.
         concepts: (row, concept, text width).
+        **changed: arguments that differ in the run on concepts, such as ``pooled_projections``.
 
     Returns:
         One dict for every joint layer: ``o_c`` (row, concept, head, head_dim) and, where the block has a text
@@ -182,7 +183,7 @@ def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor) -> list[dic
     handles = [block.module.register_forward_pre_hook(put_back(block), with_kwargs=True) for block in joint]
     try:
         with watched(model, keep):
-            model(**anatomy.with_prompt(inputs, concepts))
+            model(**{**anatomy.with_prompt(inputs, concepts), **changed})
     finally:
         for handle in handles:
             handle.remove()

@@ -70,6 +70,21 @@ def test_concept_stream_equals_the_model_run_on_concepts(case, batch, dtype):
             close(ds[name].sel(layer=layer).isel(step=0), numpy(value), dtype)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(case, batch):
+    """The main path of the authors' code for Flux: concepts alone are modulated with a pooled vector of zeros."""
+    tiny = testing.tiny_model(*case, batch=batch)
+    if not anatomy.find(tiny.transformer).pooled:
+        return
+    zeros = torch.zeros_like(tiny.inputs["pooled_projections"])
+    concepts = tiny.concepts.expand(batch, -1, -1)
+    expected = testing.clamped(tiny.transformer, tiny.inputs, concepts, pooled_projections=zeros)
+    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"], pooled="zero"))
+    for layer, values in enumerate(expected):
+        for name, value in values.items():
+            close(ds[name].sel(layer=layer).isel(step=0), numpy(value))
+
+
 def test_equation_4_holds_on_what_was_stored(case, tmp_path):
     tiny = testing.tiny_model(*case)
     _, ds = traced(tiny, dp.Probe(names(tiny), record=VECTORS), store=tmp_path / "run.zarr")
