@@ -78,7 +78,7 @@ def check_tokens(anatomy: Anatomy, pipe: Any, words: Sequence[str], embed: str, 
 
 @torch.no_grad()
 def embed_words(
-    anatomy: Anatomy, pipe: Any, words: Sequence[str], prompts: Sequence[str], *, embed: str, limit: int
+    anatomy: Anatomy, pipe: Any, words: Sequence[str], prompts: Sequence[str | None], *, embed: str, limit: int
 ) -> Tensor:
     """Concept embeddings as the transformer's text input would be.
 
@@ -86,7 +86,7 @@ def embed_words(
         anatomy: the pipeline's family.
         pipe: the pipeline, whose T5 encodes.
         words: the concepts.
-        prompts: the prompts, one per row; used by "in_prompt" only.
+        prompts: the prompts, one per row, None where not known as text; used by "in_prompt" only.
         embed: "first_token": every word encoded alone, padded as a prompt is, its first token (the paper);
             "mean_tokens": the mean over the word's tokens; "in_prompt": the mean over the word's tokens where it
             first stands in the prompt, in context.
@@ -104,8 +104,14 @@ def embed_words(
         return pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=limit, device=device)
 
     if embed == "in_prompt":
-        hidden = encode(prompts)
-        spans = [[_find(anatomy, pipe, word, prompt, limit) for word in words] for prompt in prompts]
+        known = [prompt for prompt in prompts if prompt is not None]
+        if len(known) < len(prompts):
+            raise ConceptError(
+                "embed='in_prompt' finds words in the text that T5 reads, but the call gives embeddings, or a text of "
+                "its own for another encoder (prompt_2, prompt_3). Pass one prompt, or use embed='first_token'"
+            )
+        hidden = encode(known)
+        spans = [[_find(anatomy, pipe, word, prompt, limit) for word in words] for prompt in known]
         return torch.stack(
             [torch.stack([row[span].mean(0) for span in found]) for row, found in zip(hidden, spans, strict=True)]
         )

@@ -75,7 +75,9 @@ def encode(
     run = tracing.active(model)
     recorded: Any = contextlib.nullcontext()
     if run is not None:
-        generation = Generation(rows, {"cond": prompts}, [seed] * rows, timesteps=[float(timestep)], sigmas=[sigma])
+        generation = Generation(
+            rows, {"cond": prompts}, prompts, [seed] * rows, timesteps=[float(timestep)], sigmas=[sigma]
+        )
         arrays = [np.stack([np.asarray(frame) for frame in frames]) for frames in pictures]
         recorded = run.recorded(
             generation, [array if video else array[0] for array in arrays], text.get("max_sequence_length")

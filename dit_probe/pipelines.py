@@ -24,8 +24,8 @@ class Call:
 
     run: Callable[[], Any]
     rows: int
-    prompts: list[str]
-    negative_prompts: list[str]
+    labels: list[str]
+    texts: dict[str, list[str | None]]
     seeds: list[int]
     max_sequence_length: int | None
 
@@ -36,7 +36,8 @@ class Generation:
 
     Attributes:
         rows: samples.
-        prompts: branch to one prompt per row.
+        texts: branch to one prompt per row, None where it is not known as text.
+        labels: one prompt per row, as the store shows it.
         seeds: one per row, -1 where unknown.
         timesteps, sigmas: one per step, as the scheduler gives them.
         step: the step that runs now.
@@ -48,7 +49,8 @@ class Generation:
     """
 
     rows: int
-    prompts: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Sequence[str | None]]
+    labels: Sequence[str]
     seeds: Sequence[int] = ()
     timesteps: Sequence[float] = ()
     sigmas: Sequence[float] = ()
@@ -155,18 +157,23 @@ def _uint8(picture: Any) -> np.ndarray:
 
 def _read(run: Callable[[], Any], arguments: Mapping[str, Any]) -> Call:
     prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * (1 if embeds is None else len(embeds)))
-    negative = arguments.get("negative_prompt")
-    negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+    labels = [prompt] if isinstance(prompt, str) else list(prompt or [""] * (1 if embeds is None else len(embeds)))
+    texts: dict[str, list[str | None]] = {}
+    for branch, prefix in (("cond", ""), ("uncond", "negative_")):
+        text = arguments.get(f"{prefix}prompt")
+        text = [text or ""] * len(labels) if text is None or isinstance(text, str) else list(text)
+        # Embeddings, or a text of its own for another encoder: nobody can say what the prompt stream's tokens are.
+        others = [arguments.get(f"{prefix}{name}") for name in ("prompt_embeds", "prompt_2", "prompt_3")]
+        texts[branch] = list(text) if all(other is None for other in others) else [None] * len(labels)
     copies = arguments.get("num_images_per_prompt") or 1
-    rows = len(prompts) * copies
+    rows = len(labels) * copies
     generators = arguments.get("generator")
     generators = list(generators) if isinstance(generators, Sequence) else [generators] * rows
     return Call(
         run,
         rows,
-        [prompt for prompt in prompts for _ in range(copies)],
-        [negative for negative in negatives for _ in range(copies)],
+        [label for label in labels for _ in range(copies)],
+        {branch: [text for text in found for _ in range(copies)] for branch, found in texts.items()},
         [-1 if generator is None else generator.initial_seed() for generator in generators],
         arguments.get("max_sequence_length"),
     )

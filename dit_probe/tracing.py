@@ -203,7 +203,7 @@ class Run:
         assert stream is not None
         if self._concepts is None:
             pipe, words = self._pipe, stream.concepts
-            prompts = generation.prompts["cond"]
+            prompts = generation.texts["cond"]
             limit = limit or text_limit(pipe)
             embeddings = embed_words(self._anatomy, pipe, words, prompts, embed=stream.embed, limit=limit)
         else:
@@ -216,8 +216,7 @@ class Run:
 
     def _called(self, call: pipelines.Call) -> Any:
         """One call of the pipeline."""
-        prompts = {"cond": call.prompts, "uncond": call.negative_prompts}
-        generation = Generation(call.rows, prompts, call.seeds)
+        generation = Generation(call.rows, call.texts, call.labels, call.seeds)
         with self.generation(generation, call.max_sequence_length):
             result = call.run()
             self._finish(generation, pipelines.pictures(result))
@@ -297,7 +296,7 @@ class Run:
     def _bare(self, rows: int) -> Generation:
         if self._pipe is not None:
             raise TraceError("the pipeline's transformer was called outside of a pipeline call; trace it instead")
-        generation = self._generation = Generation(rows, {"cond": [""] * rows})
+        generation = self._generation = Generation(rows, {"cond": [None] * rows}, [""] * rows)
         if self._probes.stream is not None:
             generation.embeddings = self._embed(generation, None)
         return generation
@@ -341,15 +340,15 @@ class Run:
             self._writer.require(layout)
         samples = []
         for row in range(generation.rows):
-            prompt = generation.prompts["cond"][row]
-            tokens = self._tokens(prompt, prompt_tokens)[0] if prompt else [""] * prompt_tokens
+            prompt, text = generation.labels[row], generation.texts["cond"][row]
+            tokens = [""] * prompt_tokens if text is None else self._tokens(text, prompt_tokens)[0]
             seed = generation.seeds[row] if row < len(generation.seeds) else -1
             samples.append(schema.Sample(prompt, seed, tuple(tokens), () if stream is None else tuple(stream.concepts)))
         if any(probe.observes for probe in self._probes):
             generation.pads = {
-                branch: torch.tensor([self._tokens(prompt, prompt_tokens)[1] for prompt in prompts])
-                for branch, prompts in generation.prompts.items()
-                if prompts and self._pipe is not None and all(prompt is not None for prompt in prompts)
+                branch: torch.tensor([self._tokens(text, prompt_tokens)[1] for text in texts if text is not None])
+                for branch, texts in generation.texts.items()
+                if None not in texts
             }
         generation.slots = self._writer.claim(samples)
         if self._progress and self._bar is None:
@@ -359,10 +358,8 @@ class Run:
         if self._bar is not None:
             self._bar.total = (self._bar.total or 0) + len(generation.timesteps)
 
-    def _tokens(self, prompt: str, length: int) -> tuple[list[str], list[bool]]:
-        if self._pipe is None:
-            return [""] * length, [False] * length
-        return self._anatomy.tokens(self._pipe, prompt, length)
+    def _tokens(self, text: str, length: int) -> tuple[list[str], list[bool]]:
+        return self._anatomy.tokens(self._pipe, text, length)
 
     def _write(self, name: str, tensor: Tensor, step: int, layer: int, branch: str) -> None:
         generation, writer = self._generation, self._writer

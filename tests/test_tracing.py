@@ -239,6 +239,18 @@ def test_prompt_attention_is_the_models_own(pipelines):
     np.testing.assert_allclose(ds.attention_x_to_p, kept.mean(0), atol=1e-6)
 
 
+def test_prompts_that_are_not_known_as_text_are_not_guessed(pipelines):
+    pipe = pipelines("flux")
+    probe = PromptAttention() | dp.Probe(record=["q_x"])
+    _, other = traced(pipe, probe, call={"prompt_2": "a boat"})
+    assert other.prompt.values.tolist() == ["a sun in the sky"]
+    assert set(other.token.values.ravel()) == {""}
+    # Nothing is known of padding, so nothing is taken out.
+    assert float(other.attention_x_to_p.min()) > 0
+    with pytest.raises(ConceptError, match="for another encoder"):
+        traced(pipe, ConceptAttention(["sun", "sky"], embed="in_prompt"), call={"prompt_2": "a boat"})
+
+
 def test_fused_projections(pipelines):
     for family in ("flux", "cogvideox"):
         pipe = testing.tiny_pipeline(family)
