@@ -9,10 +9,10 @@ ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types docs wheel check format clean
+.PHONY: help env demo test test-oldest lint types docs wheel check format clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 # Two stamps, so that the demo waits for nothing but what it runs on.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -35,6 +35,14 @@ demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map:
 test: $(VENV)/.env  ## the tests and every example of the docstrings and the README; ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
 
+$(VENV)-oldest/.env: pyproject.toml constraints-oldest.txt
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-oldest.txt -e ".[test]"
+	touch $@
+
+test-oldest: $(VENV)-oldest/.env  ## the oracles and the tracing on the oldest diffusers that is supported
+	$(VENV)-oldest/bin/python -m pytest tests/test_conformance.py tests/test_tracing.py tests/test_encoding.py
+
 lint: $(VENV)/.env  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,12 +58,12 @@ wheel: $(VENV)/.env  ## the wheel, with a look inside
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 	$(BIN)/python tests/wheel_contents.py dist/*.whl
 
-check: test lint types docs wheel  ## everything that CI runs
+check: test test-oldest lint types docs wheel  ## everything that CI runs
 
 format: $(VENV)/.env  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## forget everything that was made
-	rm -rf $(VENV) dist site demo.html demo.zarr .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest dist site demo.html demo.zarr .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

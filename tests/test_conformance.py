@@ -76,9 +76,19 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(case, b
     tiny = testing.tiny_model(*case, batch=batch)
     if not anatomy.find(tiny.transformer).pooled:
         return
-    zeros = torch.zeros_like(tiny.inputs["pooled_projections"])
-    concepts = tiny.concepts.expand(batch, -1, -1)
-    expected = testing.clamped(tiny.transformer, tiny.inputs, concepts, pooled_projections=zeros)
+    model, zeros = tiny.transformer, torch.zeros_like(tiny.inputs["pooled_projections"])
+    conditions = {}
+    with torch.no_grad(), testing.watched(model, lambda call, _: conditions.update({call.block.layer: call.arguments})):
+        model(**tiny.inputs)
+
+    def as_the_prompt_has_it(layer):
+        return lambda module, args, kwargs: (args, {**kwargs, "emb": conditions[layer]["temb"]})
+
+    # Only concepts get the zero vector: the image goes on being modulated as the prompt has it.
+    joint = [block for block in anatomy.find(model).blocks(model) if block.kind == "joint"]
+    for block in joint:
+        block.module.norm1.register_forward_pre_hook(as_the_prompt_has_it(block.layer), with_kwargs=True)
+    expected = testing.clamped(model, tiny.inputs, tiny.concepts.expand(batch, -1, -1), pooled_projections=zeros)
     _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"], pooled="zero"))
     for layer, values in enumerate(expected):
         for name, value in values.items():
