@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help env demo test test-oldest lint types docs wheel check format clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 # Two stamps, so that the demo waits for nothing but what it runs on.
 $(VENV)/.core: pyproject.toml constraints.txt

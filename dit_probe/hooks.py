@@ -246,7 +246,7 @@ class Hooks:
                 self._write(name, seen[name], forward.step, block.layer, branch)
             for name in wanted & schema.SCORE_SOURCES.keys():
                 self._write(name, score(name, seen), forward.step, block.layer, branch)
-            self._observe(block, forward, branch, seen, wanted)
+            self._observe(call, forward, branch, seen)
 
     def _image_and_prompt(self, call: stream.BlockCall) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -264,15 +264,14 @@ class Hooks:
                     found[f"{name}_unrotated"] = found[name]
         return found
 
-    def _observe(
-        self, block: Block, forward: Forward, branch: str, seen: Mapping[str, Tensor], wanted: set[str]
-    ) -> None:
+    def _observe(self, call: stream.BlockCall, forward: Forward, branch: str, seen: Mapping[str, Tensor]) -> None:
+        block = call.block
         for probe in self._probes:
-            names = wanted & probe.observes.keys()
+            names = self._wanted(block) & probe.observes.keys()
             if not names:
                 continue
-            scale = self._tap.calls[0].scale
-            where = Observation(block.layer, block.kind, forward.step, branch, scale, forward.pads.get(branch))
+            pads = forward.pads.get(branch)
+            where = Observation(block.layer, block.kind, forward.step, branch, call.attention.scale, pads)
             observed = probe.observe(where, {name: seen[name] for name in probe.needs})
             if missing := names - observed.keys():
                 raise TraceError(f"{type(probe).__name__}.observe did not return {', '.join(sorted(missing))}")

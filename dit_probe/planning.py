@@ -192,7 +192,9 @@ def _name(model: Any) -> str:
     if not os.path.isdir(path):
         return path
     parts = [part for part in Path(path).parts if part != "transformer"]
-    return parts[-1]
+    # The hub's cache: models--owner--name/snapshots/revision.
+    cached = [part.removeprefix("models--").replace("--", "/") for part in parts if part.startswith("models--")]
+    return f"{cached[-1]}@{parts[-1]}" if cached else parts[-1]
 
 
 def _versions() -> dict[str, str]:

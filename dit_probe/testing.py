@@ -216,7 +216,7 @@ def leftovers(pipe: Any) -> list[str]:
     ]
     owners = {"transformer": (model, "cache_context"), "scheduler": (getattr(pipe, "scheduler", None), "step")}
     found += [f"{name}.{attribute}" for name, (owner, attribute) in owners.items() if attribute in vars(owner or _Text)]
-    found += ["pipeline class"] if "<locals>" in repr(type(pipe).__dict__.get("__call__")) else []
+    found += ["pipeline class"] if type(pipe).__name__ in [kind.__name__ for kind in type(pipe).__bases__] else []
     modes = torch.overrides._get_current_function_mode_stack()
     found += [f"mode {type(mode).__name__}" for mode in modes if type(mode).__module__.startswith("dit_probe")]
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry

@@ -168,14 +168,12 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         with self._undo:
-            # Unhooks first, then the bar and the writer: an error in one must not spare the others.
+            # The writer closes first, then everything is undone: an error in one does not spare the others.
             if self._writer is not None:
                 self._undo.push(_last(self._writer.close))
             generation, self._generation = self._generation, None
             if kind is None and generation is not None:
                 self._finish(generation, None)
-        if self._bar is not None:
-            self._bar.close()
 
     @contextlib.contextmanager
     def generation(self, generation: Generation, limit: int | None = None) -> Iterator[Generation]:
@@ -269,9 +267,9 @@ class Run:
             for variable in writer.layout.variables
             if variable.layers is not None and generation.step in (variable.steps or ())
         }
-        verify, self._verified = not self._verified, True
-        if not chosen or not (wanted or verify):
+        if not chosen or not (wanted or not self._verified):
             return None
+        verify, self._verified = not self._verified, True
         embeddings = generation.embeddings if self._needs_stream(wanted) else None
         return Forward(generation.step, chosen, wanted, embeddings, generation.pooled, generation.pads, verify)
 
@@ -355,6 +353,7 @@ class Run:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(desc="trace", unit="step", disable=None)
+            self._undo.callback(self._bar.close)
         if self._bar is not None:
             self._bar.total = (self._bar.total or 0) + len(generation.timesteps)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dit_probe as dp
-from dit_probe import testing
+from dit_probe import stream, testing
 from dit_probe.anatomy import families
 from dit_probe.errors import (
     ConceptError,
@@ -125,6 +125,22 @@ def test_two_call_guidance_is_told_apart(pipelines):
     _, positive = traced(pipe, ConceptAttention(WORDS, steps=[0]))
     np.testing.assert_allclose(both.o_x.sel(branch="uncond").isel(step=0), negative.o_x.isel(step=0), atol=1e-5)
     np.testing.assert_allclose(both.o_x.sel(branch="cond").isel(step=0), positive.o_x.isel(step=0), atol=1e-5)
+
+
+def test_a_run_of_the_other_branch_is_verified_too(pipelines, monkeypatch):
+    replayed = []
+    monkeypatch.setattr(stream, "replay", lambda *args, replay=stream.replay: replayed.append(1) or replay(*args))
+    call = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
+    traced(pipelines("flux"), ConceptAttention(WORDS, steps=[1]), branch="uncond", call=call)
+    assert len(replayed) == 1
+
+
+def test_the_checks_for_leftovers_see_a_trace(pipelines):
+    pipe = pipelines("flux")
+    with dp.trace(pipe, ConceptAttention(WORDS), progress=False):
+        found = " ".join(testing.leftovers(pipe))
+    for name in ("attn._forward_hooks", "transformer.cache_context", "scheduler.step", "pipeline class"):
+        assert name in found
 
 
 def test_skip_layer_guidance_is_not_taken_for_a_branch(pipelines):
@@ -372,7 +388,7 @@ KILLED = """
     import os, sys, torch
     os.environ["HF_HUB_OFFLINE"] = "1"
     import dit_probe as dp
-    from dit_probe import testing
+    from dit_probe import stream, testing
     from probes import ConceptAttention
 
     pipe = testing.tiny_pipeline("flux")
