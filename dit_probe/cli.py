@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from dit_probe import schema
 from dit_probe.errors import ConceptError, DitProbeError, ProbeError
 
 DEMO_MODEL = "flux-picturebook"
@@ -278,32 +279,13 @@ def _print_info(facts: dict[str, Any]) -> None:
     for name in ("model", "class", "family", "dtype", "branch"):
         run.add_row(name, str(identity.get(name, "")))
     run.add_row("probes", ", ".join(str(probe.get("probe")) for probe in identity.get("probes", ())))
-    incomplete = f", incomplete: {_ranges(facts['incomplete'])}" if facts["incomplete"] else ""
+    incomplete = f", incomplete: {schema.ranges(facts['incomplete'])}" if facts["incomplete"] else ""
     run.add_row("samples", f"{len(facts['done'])} complete{incomplete}")
     run.add_row("sizes", ", ".join(f"{dim} {size}" for dim, size in sizes.items() if dim != "sample"))
     run.add_row("versions", ", ".join(f"{name} {version}" for name, version in attrs.get("versions", {}).items()))
-    run.add_row("on disk", _human(facts["bytes"]))
+    run.add_row("on disk", schema.human(facts["bytes"]))
     variables = Table("variable", "dims", "dtype", "layers", "steps", "on disk")
     for name, variable in facts["variables"].items():
-        labels = [_ranges(variable.get(key) or ()) for key in ("layers", "steps")]
-        variables.add_row(name, " ".join(variable["dims"]), variable["dtype"], *labels, _human(variable["bytes"]))
+        labels = [schema.ranges(variable.get(key) or ()) for key in ("layers", "steps")]
+        variables.add_row(name, " ".join(variable["dims"]), variable["dtype"], *labels, schema.human(variable["bytes"]))
     _console().print(run, variables)
-
-
-def _ranges(numbers: Any) -> str:
-    """Sorted numbers as 0-5,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -16,7 +16,7 @@ from dit_probe import schema
 from dit_probe.anatomy import Anatomy, Grid, find, transformer_of
 from dit_probe.concepts import text_limit
 from dit_probe.errors import ProbeError
-from dit_probe.probe import Combination, ranges
+from dit_probe.probe import Combination
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
@@ -49,11 +49,11 @@ class Plan:
         rows = [("variable", "dims at one (sample, step, layer)", "layers", "steps", "dtype", "size")]
         for variable in self.layout.variables:
             dims = " ".join(f"{dim}={sizes[dim]}" for dim in variable.dims)
-            layers, steps = ranges(variable.layers or ()), ranges(variable.steps or ())
-            rows.append((variable.name, dims, layers, steps, variable.dtype, _human(self.bytes_of(variable))))
+            layers, steps = schema.ranges(variable.layers or ()), schema.ranges(variable.steps or ())
+            rows.append((variable.name, dims, layers, steps, variable.dtype, schema.human(self.bytes_of(variable))))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = f"{self.samples} sample(s), {_human(self.nbytes)} before compression"
+        total = f"{self.samples} sample(s), {schema.human(self.nbytes)} before compression"
         return "\n".join([*lines, total])
 
 
@@ -201,11 +201,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("dit-probe", "torch", "diffusers", "transformers")}
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

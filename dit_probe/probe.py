@@ -252,7 +252,7 @@ def _check_sites(
         return
     block = blocks[lacking[0]]
     reason = next(reason for need in needs if (reason := _missing(need, block)) is not None)
-    place = f"{name!r} exists after layers {ranges(sorted(have))}" if have else f"{name!r} exists nowhere in it"
+    place = f"{name!r} exists after layers {schema.ranges(sorted(have))}" if have else f"{name!r} exists nowhere in it"
     instead = f"Record 'o_{name}' there instead, or drop" if name in ("c", "p") and block.kind == "joint" else "Drop"
     raise SiteError(
         f"no {name!r} after layer {block.layer} ({block.path}) of {model}: {reason}. {place}. "
@@ -271,19 +271,3 @@ def _missing(name: str, block: Block) -> str | None:
 
 def _concepts(needs: Iterable[str]) -> bool:
     return any(schema.stream(need) == "c" for need in needs)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as text.
-
-    Example:
-        >>> ranges([0, 1, 2, 5])
-        '0-2,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -12,7 +12,7 @@ An activation's name is a letter and a stream: ``q k v o`` are per head, ``x p c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,3 +141,33 @@ class Sample:
     seed: int = -1
     tokens: tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text.
+
+    Example:
+        >>> ranges([0, 1, 2, 5])
+        '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def human(nbytes: float) -> str:
+    """A number of bytes as text.
+
+    Example:
+        >>> human(3 * 2**20), human(7)
+        ('3.0 MiB', '7 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

@@ -93,7 +93,7 @@ def tiny_pipeline(family: str, variant: str | None = None, *, seed: int = 0) -> 
     anatomy = families()[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe = anatomy.tiny_pipeline(variant or anatomy.variants[0], _Text())
+        pipe = anatomy.tiny_pipeline(variant or anatomy.variants[0], _Parts())
         randomise(pipe.transformer, seed)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
@@ -102,8 +102,8 @@ def tiny_pipeline(family: str, variant: str | None = None, *, seed: int = 0) -> 
     return pipe
 
 
-class _Text:
-    """Tokenizers and encoders of the demo models, untrained."""
+class _Parts:
+    """Tokenizers and encoders of the demo models, untrained, and a VAE."""
 
     t5_width, clip_width = 64, 32
 
@@ -121,6 +121,20 @@ class _Text:
         tokenizer = clip_tokenizer()
         encoder = clip_encoder(tokenizer)
         return tokenizer, CLIPTextModelWithProjection(encoder.config) if projection else encoder
+
+    def vae(self) -> Any:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
 
 
 def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict[str, float]]:
@@ -215,7 +229,9 @@ def leftovers(pipe: Any) -> list[str]:
         if getattr(module, kind)
     ]
     owners = {"transformer": (model, "cache_context"), "scheduler": (getattr(pipe, "scheduler", None), "step")}
-    found += [f"{name}.{attribute}" for name, (owner, attribute) in owners.items() if attribute in vars(owner or _Text)]
+    found += [
+        f"{name}.{attribute}" for name, (owner, attribute) in owners.items() if attribute in vars(owner or _Parts)
+    ]
     found += ["pipeline class"] if type(pipe).__name__ in [kind.__name__ for kind in type(pipe).__bases__] else []
     modes = torch.overrides._get_current_function_mode_stack()
     found += [f"mode {type(mode).__name__}" for mode in modes if type(mode).__module__.startswith("dit_probe")]

@@ -126,8 +126,8 @@ class TinyModel:
     concepts: Tensor
 
 
-class TinyText(Protocol):
-    """Small random tokenizers and text encoders for tests, made without a network."""
+class TinyParts(Protocol):
+    """Small random tokenizers, text encoders and an image VAE for tests, made without a network."""
 
     t5_width: int
     clip_width: int
@@ -138,6 +138,10 @@ class TinyText(Protocol):
 
     def clip(self, *, projection: bool = False) -> tuple[Any, Any]:
         """A CLIP tokenizer and text model, with the projection head if asked."""
+        ...
+
+    def vae(self) -> Any:
+        """An `AutoencoderKL` of factor 2 and 4 latent channels."""
         ...
 
 
@@ -246,8 +250,8 @@ class Anatomy:
         """The same call on other text (row, token, text width), every token at the first one's position."""
         return {**inputs, "encoder_hidden_states": embeddings}
 
-    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
-        """A small random pipeline around `tiny`'s model, with the tokenizers and encoders of `text`."""
+    def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
+        """A small random pipeline around `tiny`'s model, with the tokenizers and encoders of `parts`."""
         raise NotImplementedError
 
 

@@ -17,7 +17,7 @@ from dit_probe.anatomy.base import (
     TextContext,
     TextSide,
     TinyModel,
-    TinyText,
+    TinyParts,
     draw_noise,
 )
 
@@ -133,10 +133,10 @@ class CogVideoX(Anatomy):
         # 2B's position table has room for exactly max_text_seq_length text tokens, in the clamped oracle too.
         return TinyModel(model, inputs, grid, concepts=torch.randn(5 if variant == "2b" else 3, 32))
 
-    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
+    def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
         from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
 
-        tokenizer, t5 = text.t5()
+        tokenizer, t5 = parts.t5()
         vae = AutoencoderKLCogVideoX(
             in_channels=3,
             out_channels=3,
@@ -148,7 +148,7 @@ class CogVideoX(Anatomy):
             norm_num_groups=2,
             temporal_compression_ratio=4,
         )
-        transformer = _transformer(variant, text_width=text.t5_width, text_tokens=226, frames=9, height=4, width=6)
+        transformer = _transformer(variant, text_width=parts.t5_width, text_tokens=226, frames=9, height=4, width=6)
         scheduler = CogVideoXDDIMScheduler()
         return CogVideoXPipeline(
             tokenizer=tokenizer, text_encoder=t5, vae=vae, transformer=transformer, scheduler=scheduler

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe.anatomy.ada_zero import AdaZeroText
-from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, Rotary, TinyModel, TinyText, draw_noise
+from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, Rotary, TinyModel, TinyParts, draw_noise
 
 
 class Flux(Anatomy):
@@ -127,35 +127,25 @@ class Flux(Anatomy):
             "txt_ids": first.expand(embeddings.shape[1], -1),
         }
 
-    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        clip_tokenizer, clip = text.clip()
-        t5_tokenizer, t5 = text.t5()
+        clip_tokenizer, clip = parts.clip()
+        t5_tokenizer, t5 = parts.t5()
         transformer = FluxTransformer2DModel(
             in_channels=16,
             num_layers=3,
             num_single_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=text.t5_width,
-            pooled_projection_dim=text.clip_width,
+            joint_attention_dim=parts.t5_width,
+            pooled_projection_dim=parts.clip_width,
             guidance_embeds=variant == "dev",
             axes_dims_rope=(4, 6, 6),
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            shift_factor=0.1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=vae,
+            vae=parts.vae(),
             text_encoder=clip,
             tokenizer=clip_tokenizer,
             text_encoder_2=t5,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe.anatomy.ada_zero import AdaZeroText
-from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, TinyModel, TinyText, draw_noise
+from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, TinyModel, TinyParts, draw_noise
 
 _CLIP_TOKENS = 77
 
@@ -113,45 +113,34 @@ class SD3(Anatomy):
         }
         return TinyModel(model, inputs, Grid.regular(3, 4), concepts=torch.randn(3, 32))
 
-    def tiny_pipeline(self, variant: str, text: TinyText) -> Any:
+    def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
         from diffusers import (
-            AutoencoderKL,
             FlowMatchEulerDiscreteScheduler,
             SD3Transformer2DModel,
             StableDiffusion3Pipeline,
         )
 
-        tokenizer, clip = text.clip(projection=True)
-        tokenizer_2, clip_2 = text.clip(projection=True)
-        tokenizer_3, t5 = text.t5()
+        tokenizer, clip = parts.clip(projection=True)
+        tokenizer_2, clip_2 = parts.clip(projection=True)
+        tokenizer_3, t5 = parts.t5()
         transformer = SD3Transformer2DModel(
             sample_size=16,
             in_channels=4,
             num_layers=3,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=text.t5_width,
+            joint_attention_dim=parts.t5_width,
             caption_projection_dim=32,
-            pooled_projection_dim=2 * text.clip_width,
+            pooled_projection_dim=2 * parts.clip_width,
             out_channels=4,
             pos_embed_max_size=16,
             dual_attention_layers=(0,) if variant == "sd3.5-medium" else (),
             qk_norm=None if variant == "sd3" else "rms_norm",
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            shift_factor=0.1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
         return StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae,
+            vae=parts.vae(),
             text_encoder=clip,
             tokenizer=tokenizer,
             text_encoder_2=clip_2,
