@@ -41,7 +41,7 @@ $(VENV)-oldest/.env: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/.env  ## the oracles and the tracing on the oldest diffusers that is supported
-	$(VENV)-oldest/bin/python -m pytest tests/test_conformance.py tests/test_tracing.py tests/test_encoding.py
+	$(VENV)-oldest/bin/python -m pytest tests/test_conformance.py tests/test_tracing.py tests/test_tracing_ends.py tests/test_wrong_use.py tests/test_encoding.py
 
 lint: $(VENV)/.env  ## ruff: rules and formatting
 	$(BIN)/ruff check .

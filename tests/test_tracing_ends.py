@@ -1,0 +1,99 @@
+"""How a trace ends: by an error, by a kill, beside another one; nothing stays hooked and nothing is lost."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from tracing_cases import WORDS, generate, traced
+
+import dit_probe as dp
+from dit_probe import testing
+from dit_probe.errors import (
+    IncompleteWarning,
+    ModelError,
+)
+from probes import ConceptAttention
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["callback", "attention", "block"])
+def test_nothing_stays_hooked_after_an_error(error, where, tmp_path):
+    pipe = testing.tiny_pipeline("flux")
+    store = tmp_path / "cut.zarr"
+
+    def fail(*args, **kwargs):
+        raise error("stop")
+
+    calls = {"callback_on_step_end": fail} if where == "callback" else {}
+    block = pipe.transformer.transformer_blocks[1]
+    broken = {"attention": block.attn.to_out[0], "block": block.ff}.get(where)
+    handle = broken.register_forward_pre_hook(fail) if broken is not None else None
+    with pytest.raises(error, match="stop"), dp.trace(pipe, ConceptAttention(WORDS), store=store, progress=False):
+        generate(pipe, **calls)
+    if handle is not None:
+        handle.remove()
+    assert testing.leftovers(pipe) == []
+    with pytest.warns(IncompleteWarning, match="sample 0"):
+        assert not dp.open(store).done.any()
+    before = generate(pipe)
+    after, ds = traced(pipe, ConceptAttention(WORDS), store=store)
+    assert torch.equal(before, after) and bool(ds.done.all())
+
+
+def test_one_trace_at_a_time(pipelines):
+    pipe = pipelines("flux")
+    with (
+        dp.trace(pipe, ConceptAttention(WORDS), progress=False),
+        pytest.raises(ModelError, match="being traced already"),
+        dp.trace(pipe, ConceptAttention(WORDS), progress=False),
+    ):
+        pass
+    assert testing.leftovers(pipe) == []
+
+
+KILLED = """
+    import os, sys, torch
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import dit_probe as dp
+    from dit_probe import stream, testing
+    from probes import ConceptAttention
+
+    pipe = testing.tiny_pipeline("flux")
+    def wait(pipe, step, time, values):
+        print(step, flush=True)
+        if step == 1 and sys.argv[2] == "wait":
+            import time
+            time.sleep(60)
+        return values
+    with dp.trace(pipe, ConceptAttention(["sun", "sky"]), store=sys.argv[1], progress=False):
+        for seed, prompt in enumerate(["a sun", "a boat"]):
+            pipe(prompt, height=16, width=16, num_inference_steps=3, max_sequence_length=16,
+                 generator=torch.Generator().manual_seed(seed), callback_on_step_end=wait if seed else None)
+"""
+
+
+def test_a_killed_run_is_readable_and_completed_by_running_it_again(tmp_path):
+    script, store = tmp_path / "run.py", tmp_path / "killed.zarr"
+    script.write_text(textwrap.dedent(KILLED))
+    process = subprocess.Popen([sys.executable, script, store, "wait"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "1":
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with pytest.warns(IncompleteWarning, match=r"1 of 2 samples .* sample 1 lacks \d+ of \d+"):
+        ds = dp.open(store)
+    assert ds.done.values.tolist() == [True, False]
+    subprocess.run([sys.executable, script, store, "go"], check=True, capture_output=True)
+    completed = dp.open(store).load()
+    assert completed.done.all() and completed.prompt.values.tolist() == ["a sun", "a boat"]
+    fresh = tmp_path / "fresh.zarr"
+    subprocess.run([sys.executable, script, fresh, "go"], check=True, capture_output=True)
+    for name, variable in dp.open(fresh).load().data_vars.items():
+        assert np.array_equal(variable, completed[name]), name
