@@ -246,15 +246,13 @@ class Run:
         elif self._pipe is None:
             generation = self._next_step(generation, rows)
         branches = self._branches(generation, rows)
+        self._check_guidance(generation, branches)
         if not generation.slots:
             self._open(generation, arguments)
         elif self._pipe is None and self._writer is not None:
             self._writer.set_timestep(generation.step, self._time(arguments))
         writer = self._writer
         assert writer is not None
-        if all(writer.skipped(slot) for slot in generation.slots):
-            return None
-        chosen = {name: where for name, where in branches.items() if self._branch in (name, "both")}
         for name in branches:
             if (generation.step, name) in generation.ran:
                 raise TraceError(
@@ -262,6 +260,9 @@ class Run:
                     "calls apart (no cache_context). Trace without this kind of guidance"
                 )
             generation.ran.add((generation.step, name))
+        if all(writer.skipped(slot) for slot in generation.slots):
+            return None
+        chosen = {name: where for name, where in branches.items() if self._branch in (name, "both")}
         wanted = {
             variable.name: variable.layers
             for variable in writer.layout.variables
@@ -290,6 +291,20 @@ class Run:
             f"the transformer was called on {rows} rows for {generation.rows} samples; only guidance that doubles the "
             "batch, or calls twice, is understood"
         )
+
+    def _check_guidance(self, generation: Generation, branches: Mapping[str, slice]) -> None:
+        """Refuse early to wait for an unconditional half that will not come."""
+        if self._branch == "cond" or "uncond" in branches:
+            return
+        labelled = bool(self._context) and self._context[-1] in schema.BRANCHES
+        # Where guidance is two calls, the second of the step before must have come.
+        late = generation.step > 0 and (generation.step - 1, "uncond") not in generation.ran
+        if late or not labelled:
+            raise TraceError(
+                f"branch={self._branch!r}, but this call runs without classifier-free guidance (or tells its halves "
+                "apart in no way that is understood). Raise guidance_scale, give Flux a negative_prompt and "
+                "true_cfg_scale, or record branch='cond'"
+            )
 
     def _bare(self, rows: int) -> Generation:
         if self._pipe is not None:

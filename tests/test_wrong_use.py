@@ -62,6 +62,23 @@ def test_concepts_missing(pipelines):
         dp.trace(pipelines("flux"), ConceptAttention())
 
 
+@pytest.mark.parametrize("branch", ["uncond", "both"])
+def test_guidance_that_does_not_run_is_not_waited_for(pipelines, branch):
+    ran = []
+
+    def count(pipe, step, *rest):
+        ran.append(step)
+        return {}
+
+    for family, options in [("sd3", {"guidance_scale": 1.0}), ("flux", {}), ("cogvideox", {"guidance_scale": 1.0})]:
+        call = {**options, "steps": 4, "callback_on_step_end": count}
+        ran.clear()
+        with pytest.raises(TraceError, match=f"branch='{branch}', but this call runs without"):
+            traced(pipelines(family), ConceptAttention(WORDS), branch=branch, call=call)
+        assert len(ran) <= 1
+        assert testing.leftovers(pipelines(family)) == []
+
+
 def test_nothing_to_record(pipelines):
     with pytest.raises(ProbeError, match="nothing to record"):
         dp.trace(pipelines("flux"), dp.Probe(WORDS))
