@@ -97,3 +97,21 @@ def test_a_killed_run_is_readable_and_completed_by_running_it_again(tmp_path):
     subprocess.run([sys.executable, script, fresh, "go"], check=True, capture_output=True)
     for name, variable in dp.open(fresh).load().data_vars.items():
         assert np.array_equal(variable, completed[name]), name
+
+
+def test_guidance_in_two_calls_is_resumed(pipelines, tmp_path):
+    pipe, store = pipelines("flux"), tmp_path / "guided.zarr"
+    guided = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
+
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    probe = ConceptAttention(WORDS)
+    with pytest.raises(RuntimeError), dp.trace(pipe, probe, store=store, branch="both", progress=False):
+        generate(pipe, **guided)
+        generate(pipe, "a boat", seed=1, **guided, callback_on_step_end=fail)
+    with dp.trace(pipe, probe, store=store, branch="both", progress=False) as run:
+        generate(pipe, **guided)
+        generate(pipe, "a boat", seed=1, **guided)
+    assert run.dataset.done.values.tolist() == [True, True]
+    assert np.isfinite(run.dataset.o_c).all()
