@@ -95,8 +95,10 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(case, b
             close(ds[name].sel(layer=layer).isel(step=0), numpy(value))
 
 
-def test_equation_4_holds_on_what_was_stored(case, tmp_path):
-    tiny = testing.tiny_model(*case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equation_4_holds_on_what_was_stored(case, batch, dtype, tmp_path):
+    tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     _, ds = traced(tiny, dp.Probe(names(tiny), record=VECTORS), store=tmp_path / "run.zarr")
     ds = dp.open(tmp_path / "run.zarr").load()
     joint = ds.sel(layer=ds.kind == "joint")
@@ -106,11 +108,13 @@ def test_equation_4_holds_on_what_was_stored(case, tmp_path):
         k, v = (
             np.concatenate([joint[f"{letter}_x"].values, joint[f"{letter}_{text}"].values], axis=3) for letter in "kv"
         )
-        close(joint[f"o_{queries}"], testing.attention_from_store(joint[f"q_{queries}"].values, k, v))
+        close(joint[f"o_{queries}"], testing.attention_from_store(joint[f"q_{queries}"].values, k, v), dtype)
 
 
-def test_output_is_untouched_and_nothing_stays_hooked(case):
-    tiny = testing.tiny_model(*case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_output_is_untouched_and_nothing_stays_hooked(case, batch, dtype):
+    tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     with torch.no_grad():
         before = tiny.transformer(**tiny.inputs).sample
     during, _ = traced(tiny, dp.Probe(names(tiny), record=[*VECTORS, *RESIDUALS], scores=dp.schema.SPACES))
@@ -120,14 +124,16 @@ def test_output_is_untouched_and_nothing_stays_hooked(case):
     assert testing.leftovers(tiny.transformer) == []
 
 
-def test_concepts_are_a_set(case):
-    tiny = testing.tiny_model(*case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_concepts_are_a_set(case, batch, dtype):
+    tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     order = torch.arange(len(tiny.concepts)).flip(0)
     probe = dp.Probe(names(tiny), record=["o_c", "c", "q_c"])
     _, ds = traced(tiny, probe)
     _, turned = traced(dataclasses.replace(tiny, concepts=tiny.concepts[order]), probe)
     for name in ("o_c", "q_c"):
-        close(turned[name].isel(concept=order.numpy()), ds[name])
+        close(turned[name].isel(concept=order.numpy()), ds[name], dtype)
 
 
 def test_residual_streams_are_the_blocks_outputs(case):
