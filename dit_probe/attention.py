@@ -6,7 +6,7 @@ kernels need not call it at all. Both doors are watched; what is reported is the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,25 +64,6 @@ class AttentionTap:
         self._mode.__exit__(None, None, None)
         self._mode = None
 
-    def joint(self, tokens: int, where: str) -> AttentionCall:
-        """The one call in which all `tokens` attend to each other.
-
-        Raises:
-            TraceError: there was none, or more than one.
-        """
-        found = [call for call in self.calls if call.q.shape[1] == call.k.shape[1] == tokens]
-        if len(found) != 1:
-            shapes = ", ".join(f"{call.q.shape[1]} queries on {call.k.shape[1]} keys" for call in self.calls) or "none"
-            raise TraceError(
-                f"{where}: expected one attention call over {tokens} tokens, saw {shapes}. The attention backend "
-                "bypasses both F.scaled_dot_product_attention and diffusers' dispatcher, or splits the sequence; "
-                "choose another one (transformer.set_attention_backend('native'))"
-            )
-        (call,) = found
-        if call.k.shape[2] != call.q.shape[2]:
-            raise TraceError(f"{where}: {call.k.shape[2]} key heads for {call.q.shape[2]} query heads is not supported")
-        return call
-
     def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def backend(*args: Any, **kwargs: Any) -> Any:
             return self._observe(function, args, kwargs, heads_first=False)
@@ -101,6 +82,23 @@ class AttentionTap:
         if outermost:
             self.calls.append(_call(args, kwargs, result, heads_first))
         return result
+
+
+def joint_call(calls: Sequence[AttentionCall], tokens: int, where: str) -> AttentionCall:
+    """The one call in which all `tokens` attend to each other.
+
+    Raises:
+        TraceError: there was none, or more than one.
+    """
+    found = [call for call in calls if call.q.shape[1] == call.k.shape[1] == tokens]
+    if len(found) == 1:
+        return found[0]
+    shapes = ", ".join(f"{call.q.shape[1]} queries on {call.k.shape[1]} keys" for call in calls) or "none"
+    raise TraceError(
+        f"{where}: expected one attention call over {tokens} tokens, saw {shapes}. The attention backend "
+        "bypasses both F.scaled_dot_product_attention and diffusers' dispatcher, or splits or caches the sequence; "
+        "choose another one (transformer.set_attention_backend('native'))"
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -136,7 +134,10 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, heads_firs
     if heads_first:
         tensors = [tensor.transpose(1, 2) for tensor in tensors]
     scale = given.get("scale")
-    q = tensors[0]
+    q, k, v, o = tensors
+    if k.shape[2] != q.shape[2]:  # grouped-query attention: every key head serves several query heads
+        k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], dim=2) for part in (k, v))
+    tensors = [q, k, v, o]
     return AttentionCall(*tensors, mask=given.get("attn_mask"), scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 

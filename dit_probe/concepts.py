@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -38,14 +37,9 @@ def check_words(words: Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def text_limit(pipe: Any) -> int:
-    """How many T5 tokens the pipeline gives a prompt unless told otherwise."""
-    return inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-
-
 def pieces(anatomy: Anatomy, pipe: Any, word: str) -> list[str]:
     """The tokens that a word splits into, end marks left out."""
-    tokenizer = getattr(pipe, anatomy.t5[0])
+    tokenizer = getattr(pipe, anatomy.encoder[0])
     return tokenizer.convert_ids_to_tokens(tokenizer(word, add_special_tokens=False)["input_ids"])
 
 
@@ -53,13 +47,13 @@ def check_tokens(anatomy: Anatomy, pipe: Any, words: Sequence[str], embed: str, 
     """Warn or refuse, before anything is computed, where the encoder would not see a word as it is meant.
 
     Raises:
-        ConceptError: no T5, a word longer than the encoder's input, or more concepts than text tokens.
+        ConceptError: no text encoder, a word longer than the encoder's input, or more concepts than text tokens.
     """
-    tokenizer, encoder = anatomy.t5
+    tokenizer, encoder = anatomy.encoder
     if getattr(pipe, tokenizer, None) is None or getattr(pipe, encoder, None) is None:
         raise ConceptError(
-            f"{type(pipe).__name__} was loaded without its T5 ({tokenizer}, {encoder}), which concepts go through. "
-            "Load it, or give embeddings: trace(..., concepts=tensor)"
+            f"{type(pipe).__name__} was loaded without its text encoder ({tokenizer}, {encoder}), which concepts go "
+            "through. Load it, or give embeddings: trace(..., concepts=tensor)"
         )
     if len(words) > limit:
         raise ConceptError(f"{len(words)} concepts, but the model was made for at most {limit} text tokens; use fewer")
@@ -84,7 +78,7 @@ def embed_words(
 
     Args:
         anatomy: the pipeline's family.
-        pipe: the pipeline, whose T5 encodes.
+        pipe: the pipeline, whose text encoder encodes.
         words: the concepts.
         prompts: the prompts, one per row, None where not known as text; used by "in_prompt" only.
         embed: "first_token": every word encoded alone, padded as a prompt is, its first token (the paper);
@@ -98,24 +92,19 @@ def embed_words(
     Raises:
         ConceptError: "in_prompt" and a word does not stand in a prompt.
     """
-    device = pipe._execution_device
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        return pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=limit, device=device)
-
     if embed == "in_prompt":
         known = [prompt for prompt in prompts if prompt is not None]
         if len(known) < len(prompts):
             raise ConceptError(
-                "embed='in_prompt' finds words in the text that T5 reads, but the call gives embeddings, or a text of "
-                "its own for another encoder (prompt_2, prompt_3). Pass one prompt, or use embed='first_token'"
+                "embed='in_prompt' finds words in the text that the encoder reads, but the call gives embeddings, or a "
+                "text of its own for another encoder (prompt_2, prompt_3). Pass one prompt, or use embed='first_token'"
             )
-        hidden = encode(known)
+        hidden = anatomy.encode_text(pipe, known, limit)
         spans = [[_find(anatomy, pipe, word, prompt, limit) for word in words] for prompt in known]
         return torch.stack(
             [torch.stack([row[span].mean(0) for span in found]) for row, found in zip(hidden, spans, strict=True)]
         )
-    hidden = encode(words)
+    hidden = anatomy.encode_text(pipe, words, limit)
     if embed == "first_token":
         return hidden[None, :, 0]
     lengths = [len(pieces(anatomy, pipe, word)) for word in words]

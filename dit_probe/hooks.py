@@ -6,7 +6,6 @@ under every offloading scheme, while in the block's own hook they may have left 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe import schema, stream
-from dit_probe.anatomy import Anatomy, Block
+from dit_probe.anatomy import Anatomy, Block, Places
+from dit_probe.anatomy.block import arguments_of
 from dit_probe.attention import AttentionTap
 from dit_probe.errors import TraceError
 from dit_probe.probe import Combination, Observation
@@ -32,25 +32,31 @@ class Forward:
         embeddings: concept embeddings (row or 1, concept, text width), None without a concept stream.
         pooled: one pooled vector per concept (concept, width), for pooled="concepts".
         pads: branch to (row, prompt_token) bool, True on padding.
-        verify: whether to replay the first joint block.
+        arguments: of the call, by name.
+        places: where image and prompt stand in the joint sequence.
+        through: the last layer that the concept stream reaches.
+        verify: layers to replay.
     """
 
     step: int
     branches: Mapping[str, slice]
     wanted: Mapping[str, tuple[int, ...]]
+    arguments: Mapping[str, Any]
+    places: Places
     embeddings: Tensor | None = None
     pooled: Tensor | None = None
     pads: Mapping[str, Tensor] = field(default_factory=dict)
-    verify: bool = False
+    through: int = -1
+    verify: frozenset[int] = frozenset()
     c: dict[str, Tensor] = field(default_factory=dict)
     temb: dict[str, Tensor] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def active(self, block: Block) -> bool:
         """Whether anything is to be gathered in a block: a variable, or a concept stream on its way to one."""
-        if block.layer in self.layers or (self.verify and block.layer == 0):
+        if block.layer in self.layers | self.verify:
             return True
-        return self.embeddings is not None and block.kind == "joint" and block.layer < max(self.layers, default=0)
+        return self.embeddings is not None and block.layer < min(self.through + 1, max(self.layers, default=0))
 
     @property
     def layers(self) -> set[int]:
@@ -122,8 +128,7 @@ class Hooks:
         if self._busy:
             return
         self._reset()
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-        self._forward = self._start(dict(bound.arguments))
+        self._forward = self._start(arguments_of(module, args, kwargs))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
@@ -143,27 +148,30 @@ class Hooks:
         forward = self._forward
         if self._busy or forward is None or forward.embeddings is None:
             return
-        *others, pooled = args
+        at = self._anatomy.pooled_argument
         concepts = forward.embeddings.shape[1]
         with self._quietly():
             for branch, rows in forward.branches.items():
-                mine = [other[rows] for other in others]
+                mine = [arg[rows] if isinstance(arg, Tensor) else arg for arg in args]
                 if forward.pooled is None:
-                    replaced = torch.zeros_like(pooled[rows])
+                    mine[at] = torch.zeros_like(mine[at])
                 else:
-                    mine = [other.repeat_interleave(concepts, 0) for other in mine]
-                    replaced = forward.pooled.to(pooled).repeat(len(pooled[rows]), 1)
-                forward.temb[branch] = module(*mine, replaced)
+                    pooled = forward.pooled.to(mine[at]).repeat(len(mine[at]), 1)
+                    mine = [arg.repeat_interleave(concepts, 0) if isinstance(arg, Tensor) else arg for arg in mine]
+                    mine[at] = pooled
+                made = module(*mine)
+                forward.temb[branch] = made[0] if isinstance(made, tuple) else made
 
-    def _after_entry(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _after_entry(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
         if self._busy or forward is None or forward.embeddings is None:
             return
+        like = output if isinstance(output, Tensor) else output[0]
         with self._quietly():
             for branch, rows in forward.branches.items():
-                count = output[rows].shape[0]
-                embeddings = forward.embeddings.to(args[0]).expand(count, -1, -1)
-                forward.c[branch] = self._anatomy.embed(self._model, embeddings)
+                count = len(range(self._anatomy.rows(forward.arguments))[rows])
+                embeddings = forward.embeddings.to(like).expand(count, -1, -1)
+                forward.c[branch] = self._anatomy.embed(self._model, embeddings, forward.arguments, rows)
 
     def _before_block(self, block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,7 +189,8 @@ class Hooks:
     def _after_norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if not self._busy:
-                self._unrotated[name] = output.transpose(1, 2) if self._anatomy.heads_first else output
+                apart = output if output.ndim == 4 else output.unflatten(-1, (self._anatomy.heads(self._model)[0], -1))
+                self._unrotated[name] = apart.transpose(1, 2) if self._anatomy.heads_first else apart
 
         return hook
 
@@ -212,7 +221,7 @@ class Hooks:
             forward = self._forward
             if forward is None or self._idle(block):
                 return
-            x, p = self._anatomy.outputs(output)
+            x, p = self._anatomy.outputs(block, output, forward.places)
             if self._replayed is not None:
                 stream.check_replay(self._anatomy, *self._replayed, p)
             residuals = {"x": x, "p": p}
@@ -225,18 +234,16 @@ class Hooks:
     def _record(self, block: Block) -> None:
         forward, anatomy, wanted = self._forward, self._anatomy, self._wanted(block)
         assert forward is not None
-        x, p = anatomy.streams(self._arguments)
-        attention = self._tap.joint(x.shape[1] + p.shape[1], block.path)
-        call = stream.BlockCall(block, self._arguments, x, p, attention)
+        call = stream.BlockCall.read(anatomy, block, self._arguments, self._tap.calls, forward.places)
         forward.seen.add(block.layer)
-        if forward.verify and block.layer == 0:
+        if block.layer in forward.verify:
             self._replayed = call, stream.replay(anatomy, call)
         whole = self._image_and_prompt(call)
         settings = self._probes.stream
         for branch, rows in forward.branches.items():
             seen = {name: tensor[rows] for name, tensor in whole.items()}
-            if settings is not None and branch in forward.c and block.kind == "joint":
-                c, temb = forward.c[branch], forward.temb.get(branch)
+            if settings is not None and branch in forward.c and block.layer <= forward.through:
+                c, temb = self._feed(block, branch), forward.temb.get(branch)
                 step = stream.advance(anatomy, call, c, rows=rows, temb=temb, attends=settings.attends)
                 seen |= {"q_c": step.projection.q, "k_c": step.projection.k, "v_c": step.projection.v, "o_c": step.o}
                 seen |= {"q_c_unrotated": step.projection.q_unrotated, "k_c_unrotated": step.projection.k_unrotated}
@@ -248,13 +255,19 @@ class Hooks:
                 self._write(name, score(name, seen), forward.step, block.layer, branch)
             self._observe(call, forward, branch, seen)
 
+    def _feed(self, block: Block, branch: str) -> Tensor:
+        forward = self._forward
+        assert forward is not None and forward.embeddings is not None
+        c = forward.c[branch]
+        return self._anatomy.feed(self._model, block, c, forward.embeddings.to(c).expand(len(c), -1, -1))
+
     def _image_and_prompt(self, call: stream.BlockCall) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for letter in "qkvo":
-            found[f"{letter}_x"], found[f"{letter}_p"] = call.split(getattr(call.attention, letter), self._anatomy)
+            found[f"{letter}_x"], found[f"{letter}_p"] = call.places.split(getattr(call.attention, letter))
         for letter in "qk":
             if letter in self._unrotated:
-                x, p = call.split(self._unrotated[letter], self._anatomy)
+                x, p = call.places.split(self._unrotated[letter])
                 found[f"{letter}_x_unrotated"], found[f"{letter}_p_unrotated"] = x, p
             for token in "xp":
                 name = f"{letter}_{token}"

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dit_probe import schema
-from dit_probe.anatomy import Anatomy, Grid, find, transformer_of
-from dit_probe.concepts import text_limit
+from dit_probe.anatomy import Anatomy, Block, Grid, find, transformer_of
 from dit_probe.errors import ProbeError
 from dit_probe.probe import Combination
 
+_EXTENSION = "the concept stream runs through single-stream blocks too, which the paper does not do"
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 
@@ -90,7 +90,9 @@ def layout(
     steps = probes.steps(len(timesteps))
     dtype = str(model.dtype).removeprefix("torch.")
     heads, head_dim = anatomy.heads(model)
+    text_width = "width" if anatomy.text_width(model) == heads * head_dim else "text_width"
     dims = {name: schema.token_dims(name) for probe in probes for name in probe.record}
+    dims |= {name: (schema.TOKEN_DIM[name], text_width) for name in ("p", "c") if name in dims}
     dims |= {name: ("concept", "image_token") for name in probes.names if name in schema.SCORE_SOURCES}
     dims |= {name: tuple(observed) for probe in probes for name, observed in probe.observes.items()}
     variables = [
@@ -108,6 +110,7 @@ def layout(
         "head": heads,
         "head_dim": head_dim,
         "width": heads * head_dim,
+        text_width: anatomy.text_width(model),
     }
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         "step": (("step",), np.array(kept_steps, dtype=np.int64)),
@@ -131,11 +134,19 @@ def layout(
             "dtype": dtype,
             "branch": branch,
             "probes": probes.json(),
+            **({"extension": _EXTENSION} if probes.stream is not None and probes.stream.through == "all" else {}),
         },
         "versions": _versions(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     return schema.Layout(tuple(variables), sizes, coords, attrs)
+
+
+def to_verify(layout: schema.Layout, blocks: Sequence[Block]) -> frozenset[int]:
+    """Layers to replay before anything is trusted: the first joint one, and the first single one if it is recorded."""
+    last = max(layer for variable in layout.variables for layer in variable.layers or (0,))
+    firsts = {block.kind: block.layer for block in reversed(blocks)}
+    return frozenset(layer for kind, layer in firsts.items() if kind == "joint" or layer <= last)
 
 
 def plan(
@@ -177,7 +188,7 @@ def plan(
         model,
         probes,
         grid=anatomy.planned_grid(pipe, height, width, frames),
-        prompt_tokens=anatomy.prompt_tokens(max_sequence_length or text_limit(pipe)),
+        prompt_tokens=anatomy.planned_prompt_tokens(max_sequence_length or anatomy.text_limit(pipe)),
         concepts=len(stream.concepts) if stream else 0,
         timesteps=[float("nan")] * steps,
         sigmas=[float("nan")] * steps,

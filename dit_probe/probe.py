@@ -21,6 +21,7 @@ _CHOICES = {
     "attends": ("both", "image", "concepts", "none"),
     "embed": ("first_token", "mean_tokens", "in_prompt"),
     "pooled": ("prompt", "zero", "concepts"),
+    "through": ("joint", "all"),
 }
 _KINDS = ("joint", "single", "all")
 
@@ -57,6 +58,9 @@ class Probe:
         attends: what concepts attend to (Table 5): "both", "image", "concepts", "none".
         embed: how a word becomes an embedding: "first_token" (the paper), "mean_tokens", "in_prompt".
         pooled: pooled text vector that modulates concepts: the "prompt"'s, "zero", or the "concepts"' own.
+        through: blocks that concepts run through: "joint" (the paper), or "all", single-stream ones included: an
+            extension beyond the paper, which the store says. There a concept is one more text token that image and
+            prompt do not see.
         source: where the definition comes from; kept in the store.
 
     Raises:
@@ -77,6 +81,7 @@ class Probe:
     attends: str = "both"
     embed: str = "first_token"
     pooled: str = "prompt"
+    through: str = "joint"
     source: str = ""
 
     observes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -184,6 +189,12 @@ class Combination(tuple[Probe, ...]):
                 )
         return next((probe for probe in users if probe.concepts), users[0])
 
+    def reach(self, blocks: Sequence[Block]) -> int:
+        """The last layer that the concept stream runs through."""
+        stream = self.stream
+        kinds = ("joint", "single") if stream is not None and stream.through == "all" else ("joint",)
+        return max((block.layer for block in blocks if block.kind in kinds), default=-1)
+
     def json(self) -> list[dict[str, Any]]:
         """The probes as plain data, for the store's attrs; concepts are kept by sample instead."""
         kept = []
@@ -203,9 +214,9 @@ class Combination(tuple[Probe, ...]):
         for probe in self:
             wanted = _layers(probe.layers, blocks, model)
             for name, needs in probe.variables.items():
-                have = {block.layer for block in blocks if all(_missing(need, block) is None for need in needs)}
+                have = {block.layer for block in blocks if not any(_missing(n, block, probe.through) for n in needs)}
                 if probe.layers is not None and not isinstance(probe.layers, str):
-                    _check_sites(name, needs, wanted, have, blocks, model)
+                    _check_sites(name, needs, wanted, have, blocks, model, probe.through)
                 chosen.setdefault(name, set()).update(wanted & have)
         return {name: tuple(sorted(layers)) for name, layers in chosen.items()}
 
@@ -234,7 +245,8 @@ def _layers(wanted: Sequence[int] | str | None, blocks: Sequence[Block], model: 
         kinds = {"all": ("joint", "single")}.get(wanted or "joint", (wanted or "joint",))
         found = {block.layer for block in blocks if block.kind in kinds}
         if not found:
-            raise SiteError(f"{model} has no {wanted} blocks")
+            more = "; give layers='single', and through='all' for concepts (an extension beyond the paper)"
+            raise SiteError(f"{model} has no {wanted or 'joint'} blocks{'' if wanted else more}")
         return found
     joint = sum(block.kind == "joint" for block in blocks)
     outside = [layer for layer in wanted if not -joint <= layer < len(blocks)]
@@ -245,13 +257,13 @@ def _layers(wanted: Sequence[int] | str | None, blocks: Sequence[Block], model: 
 
 
 def _check_sites(
-    name: str, needs: Iterable[str], wanted: set[int], have: set[int], blocks: Sequence[Block], model: str
+    name: str, needs: Iterable[str], wanted: set[int], have: set[int], blocks: Sequence[Block], model: str, through: str
 ) -> None:
     lacking = sorted(wanted - have)
     if not lacking:
         return
     block = blocks[lacking[0]]
-    reason = next(reason for need in needs if (reason := _missing(need, block)) is not None)
+    reason = next(reason for need in needs if (reason := _missing(need, block, through)) is not None)
     place = f"{name!r} exists after layers {schema.ranges(sorted(have))}" if have else f"{name!r} exists nowhere in it"
     instead = f"Record 'o_{name}' there instead, or drop" if name in ("c", "p") and block.kind == "joint" else "Drop"
     raise SiteError(
@@ -260,10 +272,10 @@ def _check_sites(
     )
 
 
-def _missing(name: str, block: Block) -> str | None:
+def _missing(name: str, block: Block, through: str) -> str | None:
     """Why an activation does not exist at a block, or None."""
-    if schema.stream(name) == "c" and block.kind != "joint":
-        return "the concept stream runs in joint blocks only"
+    if schema.stream(name) == "c" and block.kind != "joint" and through == "joint":
+        return "the concept stream runs in joint blocks only, as in the paper (through='all' extends it)"
     if name in ("c", "p") and not block.text_output:
         return "the last block has no text output (context_pre_only)"
     return None

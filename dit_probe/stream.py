@@ -9,16 +9,17 @@ Concepts read the image; the image and the prompt never see concepts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_probe.anatomy.base import Anatomy, Block, Projection, TextContext
+from dit_probe.anatomy import Anatomy, Block, Places, Projection, TextContext
+from dit_probe.anatomy.block import Modulation
 from dit_probe.attention import AttentionCall, attend
-from dit_probe.errors import ReplayError
+from dit_probe.errors import ReplayError, TraceError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BlockCall:
         arguments: the block's arguments by name.
         x, p: residual streams at its input, (row, token, width).
         attention: the joint attention call, its rows those of `x`.
+        places: where image and prompt stand in it.
     """
 
     block: Block
@@ -37,13 +39,21 @@ class BlockCall:
     x: Tensor
     p: Tensor
     attention: AttentionCall
+    places: Places
 
-    def split(self, joint: Tensor, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-        """(image, prompt) parts of a joint sequence (row, token, …)."""
-        prompt = self.p.shape[1]
-        if anatomy.text_first:
-            return joint[:, prompt:], joint[:, :prompt]
-        return joint[:, :-prompt], joint[:, -prompt:]
+    @classmethod
+    def read(
+        cls,
+        anatomy: Anatomy,
+        block: Block,
+        arguments: Mapping[str, Any],
+        calls: Sequence[AttentionCall],
+        places: Places,
+    ) -> BlockCall:
+        """From the block's arguments and the attention calls seen in it."""
+        x, p = anatomy.streams(block, arguments, places)
+        attention = anatomy.joint_call(calls, arguments, block.path, places.total)
+        return cls(block, arguments, x, p, attention, places)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Step:
 def advance(
     anatomy: Anatomy, call: BlockCall, c: Tensor, *, rows: slice, temb: Tensor | None = None, attends: str = "both"
 ) -> Step:
-    """Take concepts through one joint block.
+    """Take concepts through one block.
 
     Args:
         anatomy: the model's family.
@@ -70,31 +80,29 @@ def advance(
         attends: what concepts attend to (Table 5): "both" image and concepts, "image", "concepts", or "none",
             which makes ``o_c = v_c``.
     """
-    modulation = call.arguments["temb"][rows] if temb is None else temb
-    rotary = anatomy.text_rotary(call.arguments, call.p.shape[1])
-    if rotary is not None:
-        # Each concept stands where a lone word would: at the prompt's first position. Concepts stay a set.
-        rotary = (rotary[0][:1], rotary[1][:1])
-    context = TextContext(call.block, modulation, rotary)
     concepts = c.shape[1]
-    folded = c.flatten(0, 1).unsqueeze(1) if len(modulation) != len(c) else c
-    projection = anatomy.text.project(folded, context)
-    whole = _unfold(projection, concepts) if folded is not c else projection
+    apart = temb is not None and len(temb) != len(c)  # one modulation a concept
+    modulation = _rows(anatomy.modulation(call.block, call.arguments), rows) if temb is None else temb
+    # Each concept stands where a lone word would: at the prompt's first position. Concepts stay a set.
+    rotary = anatomy.text_rotary(call.block, call.arguments, call.places, slice(0, 1))
+    context = TextContext(call.block, modulation, rotary)
+    folded = c.flatten(0, 1).unsqueeze(1) if apart else c
+    projection = call.block.text.project(folded, context)
+    whole = _unfold(projection, concepts) if apart else projection
 
     attention = call.attention
-    (k_x, _), (v_x, _) = (call.split(part[rows], anatomy) for part in (attention.k, attention.v))
+    k_x, v_x = (part[rows, call.places.image] for part in (attention.k, attention.v))
     if attends == "none":
         o = whole.v
     else:
-        parts = {"image": (k_x, v_x), "concepts": (whole.k, whole.v)}
-        chosen = ("concepts", "image") if anatomy.text_first else ("image", "concepts")
-        keys, values = zip(*(parts[part] for part in chosen if attends in ("both", part)), strict=True)
-        mask = _image_mask(anatomy, call, rows, concepts, attends)
+        parts = {"concepts": (whole.k, whole.v), "image": (k_x, v_x)}
+        keys, values = zip(*(part for name, part in parts.items() if attends in ("both", name)), strict=True)
+        mask = _concept_mask(call, rows, concepts, attends)
         o = attend(whole.q, torch.cat(keys, 1), torch.cat(values, 1), scale=attention.scale, mask=mask)
     if not call.block.text_output:
         return Step(whole, o, None)
-    folded_o = o.flatten(0, 1).unsqueeze(1) if folded is not c else o
-    after = anatomy.text.update(folded, folded_o, projection, context)
+    folded_o = o.flatten(0, 1).unsqueeze(1) if apart else o
+    after = call.block.text.update(folded, folded_o, projection, context)
     return Step(whole, o, after.reshape(c.shape))
 
 
@@ -103,18 +111,17 @@ def replay(anatomy: Anatomy, call: BlockCall) -> Step:
 
     An anatomy that describes its model gives back the model's own ``o_p`` and ``p``.
     """
-    context = TextContext(call.block, call.arguments["temb"], anatomy.text_rotary(call.arguments, call.p.shape[1]))
-    projection = anatomy.text.project(call.p, context)
-    attention = call.attention
-    (k_x, _), (v_x, _) = call.split(attention.k, anatomy), call.split(attention.v, anatomy)
-    order = (lambda image, text: (text, image)) if anatomy.text_first else (lambda image, text: (image, text))
-    k, v = torch.cat(order(k_x, projection.k), 1), torch.cat(order(v_x, projection.v), 1)
+    places, attention = call.places, call.attention
+    rotary = anatomy.text_rotary(call.block, call.arguments, places, slice(0, places.prompt_tokens))
+    context = TextContext(call.block, anatomy.modulation(call.block, call.arguments), rotary)
+    projection = call.block.text.project(call.p, context)
+    k, v = attention.k.clone(), attention.v.clone()
+    k[:, places.prompt], v[:, places.prompt] = projection.k, projection.v
     mask = attention.mask
-    if mask is not None and mask.shape[-2] == attention.q.shape[1]:
-        _, mask = call.split(mask.movedim(-2, 1), anatomy)
-        mask = mask.movedim(1, -2)
+    if mask is not None and mask.ndim > 1 and mask.shape[-2] == places.total:
+        mask = mask[..., places.prompt, :]
     o = attend(projection.q, k, v, scale=attention.scale, mask=mask)
-    after = anatomy.text.update(call.p, o, projection, context) if call.block.text_output else None
+    after = call.block.text.update(call.p, o, projection, context) if call.block.text_output else None
     return Step(projection, o, after)
 
 
@@ -124,7 +131,7 @@ def check_replay(anatomy: Anatomy, call: BlockCall, step: Step, p_after: Tensor 
     Raises:
         ReplayError: one of them is beyond what the precision explains.
     """
-    pairs = {"o_p": (step.o, call.split(call.attention.o, anatomy)[1])}
+    pairs = {"o_p": (step.o, call.places.split(call.attention.o)[1])}
     if step.c is not None and p_after is not None:
         pairs["p"] = (step.c, p_after)
     differences = {
@@ -155,19 +162,31 @@ def _unfold(projection: Projection, concepts: int) -> Projection:
     return Projection(q, k, v, q_unrotated, k_unrotated)
 
 
-def _image_mask(anatomy: Anatomy, call: BlockCall, rows: slice, concepts: int, attends: str) -> Tensor | None:
-    """The mask that the prompt's first token saw on image keys; concepts never mask each other."""
+def _rows(modulation: Modulation, rows: slice) -> Modulation:
+    if isinstance(modulation, tuple):
+        return tuple(part if len(part) == 1 else part[rows] for part in modulation)
+    return modulation if len(modulation) == 1 else modulation[rows]
+
+
+def _concept_mask(call: BlockCall, rows: slice, concepts: int, attends: str) -> Tensor | None:
+    """The mask that the prompt's first token saw on image keys; on concept keys, what it saw on its own.
+
+    Raises:
+        TraceError: it saw neither image nor itself, so that concepts would see nothing.
+    """
     mask = call.attention.mask
     if mask is None or attends == "concepts":
         return None
-    mask = mask if mask.ndim == 4 else mask.unsqueeze(0) if mask.ndim == 3 else mask[None, None]
+    mask = mask[(None,) * (4 - mask.ndim)]
     mask = mask[rows] if mask.shape[0] > 1 else mask
+    first = call.places.prompt.start
     if mask.shape[2] > 1:
-        row = 0 if anatomy.text_first else mask.shape[2] - call.p.shape[1]
-        mask = mask[:, :, row : row + 1]
-    image, _ = call.split(mask.movedim(-1, 1), anatomy)
-    image = image.movedim(1, -1)
-    if attends == "image":
-        return image
-    allowed = image.new_full((*image.shape[:-1], concepts), mask.dtype == torch.bool)
-    return torch.cat((allowed, image) if anatomy.text_first else (image, allowed), -1)
+        mask = mask[:, :, first : first + 1]
+    image, own = mask[..., call.places.image], mask[..., first : first + 1]
+    seen = (lambda part: part) if mask.dtype == torch.bool else torch.isfinite
+    if not (seen(image).any(-1).all() and seen(own).all()):
+        raise TraceError(
+            f"{call.block.path}: the attention mask hides the image or the prompt's first token from the latter, which "
+            "says what concepts may see. Give every row a prompt of at least one token"
+        )
+    return image if attends == "image" else torch.cat([own.expand(*own.shape[:-1], concepts), image], -1)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe import stream
-from dit_probe.anatomy import families, find
-from dit_probe.anatomy.base import Block, TinyModel
+from dit_probe.anatomy import Block, Places, families, find, transformer_of
+from dit_probe.anatomy.base import TinyModel
+from dit_probe.anatomy.block import arguments_of
 from dit_probe.attention import AttentionTap
 
 
@@ -33,6 +34,16 @@ def cases() -> list[tuple[str, str]]:
         True
     """
     return [(name, variant) for name, anatomy in sorted(families().items()) for variant in anatomy.variants]
+
+
+def pipeline_cases() -> list[tuple[str, str]]:
+    """Every (family, variant) that a family file offers a tiny pipeline for.
+
+    Example:
+        >>> ("sd3", "sd3.5-medium") in pipeline_cases()
+        True
+    """
+    return [(name, variant) for name, anatomy in sorted(families().items()) for variant in anatomy.pipeline_variants]
 
 
 @torch.no_grad()
@@ -93,7 +104,7 @@ def tiny_pipeline(family: str, variant: str | None = None, *, seed: int = 0) -> 
     anatomy = families()[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe = anatomy.tiny_pipeline(variant or anatomy.variants[0], _Parts())
+        pipe = anatomy.tiny_pipeline(variant or anatomy.pipeline_variants[0], _Parts())
         randomise(pipe.transformer, seed)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
@@ -138,11 +149,11 @@ class _Parts:
 
 
 def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict[str, float]]:
-    """Self-replay of every joint block in one forward: relative differences of ``o_p`` and ``p`` by layer.
+    """Self-replay of every block in every forward: largest relative differences of ``o_p`` and ``p`` by layer.
 
     Args:
         model: a pipeline or transformer.
-        call: runs the transformer once.
+        call: runs it.
 
     Raises:
         ReplayError: a block's replay differs by more than its precision explains.
@@ -151,18 +162,26 @@ def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict
     found: dict[int, dict[str, float]] = {}
 
     def check(call: stream.BlockCall, output: Any) -> None:
-        if call.block.kind == "joint":
-            step = stream.replay(anatomy, call)
-            found[call.block.layer] = stream.check_replay(anatomy, call, step, anatomy.outputs(output)[1])
+        step = stream.replay(anatomy, call)
+        p = anatomy.outputs(call.block, output, call.places)[1]
+        worst = found.setdefault(call.block.layer, {})
+        for name, value in stream.check_replay(anatomy, call, step, p).items():
+            worst[name] = max(value, worst.get(name, 0.0))
 
     with torch.no_grad(), watched(model, check):
         call()
     return found
 
 
+class _Stop(Exception):
+    """Nothing after this block matters."""
+
+
 @torch.no_grad()
-def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: Any) -> list[dict[str, Tensor]]:
+def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: Any) -> dict[int, dict[str, Tensor]]:
     """What the model itself makes of concepts: run on them as its prompt, with the image stream put back.
+
+    Every concept enters the first block as the model itself makes it of a prompt that is nothing but this concept.
 
     Args:
         model: the transformer.
@@ -171,36 +190,44 @@ def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: 
         **changed: arguments that differ in the run on concepts, such as ``pooled_projections``.
 
     Returns:
-        One dict for every joint layer: ``o_c`` (row, concept, head, head_dim) and, where the block has a text
-        output, ``c`` (row, concept, width).
+        Layer to ``o_c`` (row, concept, head, head_dim) and, where the block has a text output, ``c``
+        (row, concept, width).
     """
-    anatomy = find(model)
-    images: dict[int, Tensor] = {}
-    with watched(model, lambda call, output: images.setdefault(call.block.layer, call.x)):
+    anatomy, count = find(model), concepts.shape[1]
+    blocks = anatomy.blocks(model)
+    recorded: dict[int, tuple[Tensor, Mapping[str, Any]]] = {}
+    with watched(model, lambda call, _: recorded.setdefault(call.block.layer, (call.x, call.arguments))):
         model(**inputs)
 
-    layers: list[dict[str, Tensor]] = []
+    def run(text: Tensor, see: Callable[[stream.BlockCall, Any], None], **options: Any) -> None:
+        with contextlib.suppress(_Stop), watched(model, see, **options):
+            model(**{**anatomy.with_prompt(inputs, text), **changed})
+
+    first: list[Tensor] = []
+
+    def enter(call: stream.BlockCall, output: Any) -> None:
+        first.append(call.p[:, :1])
+        raise _Stop
+
+    for index in range(count):
+        run(concepts[:, index : index + 1].expand(-1, count, -1), enter)
+
+    def put_back(block: Block, arguments: Mapping[str, Any], places: Places) -> dict[str, Any]:
+        x, arguments_before = recorded[block.layer]
+        p = torch.cat(first, dim=1) if block.layer == 0 else anatomy.streams(block, arguments, places)[1]
+        changed = anatomy.with_streams(block, arguments, x, p, places)
+        return anatomy.clamp(block, changed, arguments_before)
+
+    layers: dict[int, dict[str, Tensor]] = {}
 
     def keep(call: stream.BlockCall, output: Any) -> None:
-        if call.block.kind == "joint":
-            c = anatomy.outputs(output)[1]
-            o = call.split(call.attention.o, anatomy)[1]
-            layers.append({"o_c": o} if c is None else {"o_c": o, "c": c})
+        c = anatomy.outputs(call.block, output, call.places)[1]
+        o = call.places.split(call.attention.o)[1]
+        layers[call.block.layer] = {"o_c": o} if c is None or not call.block.text_output else {"o_c": o, "c": c}
+        if call.block is blocks[-1]:
+            raise _Stop
 
-    def put_back(block: Block) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "hidden_states": images[block.layer]}
-
-        return hook
-
-    joint = [block for block in anatomy.blocks(model) if block.kind == "joint"]
-    handles = [block.module.register_forward_pre_hook(put_back(block), with_kwargs=True) for block in joint]
-    try:
-        with watched(model, keep):
-            model(**{**anatomy.with_prompt(inputs, concepts), **changed})
-    finally:
-        for handle in handles:
-            handle.remove()
+    run(concepts, keep, change=put_back)
     return layers
 
 
@@ -242,35 +269,54 @@ def leftovers(pipe: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def watched(model: Any, see: Callable[[stream.BlockCall, Any], object]) -> Iterator[None]:
-    """Call `see` with every block's call and output while inside; hooks of its own, apart from `trace`'s."""
-    anatomy = find(model)
-    transformer = getattr(model, "transformer", model)
-    taps: dict[int, AttentionTap] = {}
-    arguments: dict[int, dict[str, Any]] = {}
+def watched(
+    model: Any,
+    see: Callable[[stream.BlockCall, Any], object],
+    change: Callable[[Block, Mapping[str, Any], Places], dict[str, Any]] | None = None,
+) -> Iterator[None]:
+    """Call `see` with every block's call and output while inside; hooks of its own, apart from `trace`'s.
+
+    Args:
+        model: a pipeline or transformer.
+        see: called after every block.
+        change: replaces the arguments of a block's call; the text stream then holds nothing but the prompt's tokens.
+    """
+    anatomy, transformer = find(model), transformer_of(model)
+    blocks = anatomy.blocks(transformer)
+    tap = AttentionTap()
+    now: dict[str, Any] = {}
     handles: list[Any] = []
 
+    def start(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = arguments_of(module, args, kwargs)
+        now["places"] = anatomy.places(transformer, arguments)
+        if change is not None and blocks[0].kind == "joint":
+            image, prompt = len(anatomy.grid(transformer, arguments)), now["places"].prompt_tokens
+            now["places"] = Places.of(image, prompt, text_first=anatomy.text_first)
+
     def hooks(block: Block) -> None:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments[block.layer] = block.bind(args, kwargs)
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now["arguments"] = block.bind(args, kwargs)
+            if change is None:
+                return None
+            now["arguments"] = change(block, now["arguments"], now["places"])
+            return (), now["arguments"]
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            bound = arguments.pop(block.layer)
-            x, p = anatomy.streams(bound)
-            attention = taps[block.layer].joint(x.shape[1] + p.shape[1], block.path)
-            see(stream.BlockCall(block, bound, x, p, attention), output)
+            see(stream.BlockCall.read(anatomy, block, now["arguments"], tap.calls, now["places"]), output)
 
-        tap = taps[block.layer] = AttentionTap()
         handles.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.attention.register_forward_pre_hook(lambda module, args: tap.open()))
         handles.append(block.attention.register_forward_hook(lambda module, args, out: tap.close(), always_call=True))
         handles.append(block.module.register_forward_hook(after))
 
-    for block in anatomy.blocks(transformer):
+    handles.append(transformer.register_forward_pre_hook(start, with_kwargs=True))
+    for block in blocks:
         hooks(block)
     try:
         yield
     finally:
+        tap.close()
         for handle in handles:
             handle.remove()
 

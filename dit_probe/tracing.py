@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_probe import pipelines, planning, schema, store
-from dit_probe.anatomy import find, transformer_of
-from dit_probe.concepts import check_tokens, embed_words, text_limit
+from dit_probe import guidance, pipelines, planning, schema, store
+from dit_probe.anatomy import Places, find, transformer_of
+from dit_probe.concepts import check_tokens, embed_words
 from dit_probe.errors import ConceptError, ModelError, ProbeError, TraceError
 from dit_probe.hooks import Forward, Hooks
 from dit_probe.pipelines import Generation
@@ -123,7 +123,7 @@ class Run:
                     f"a bare {type(self._model).__name__} cannot encode words; give embeddings "
                     "(trace(..., concepts=tensor of (concept, text width))) or pass the pipeline"
                 )
-            check_tokens(self._anatomy, self._pipe, stream.concepts, stream.embed, text_limit(self._pipe))
+            check_tokens(self._anatomy, self._pipe, stream.concepts, stream.embed, self._anatomy.text_limit(self._pipe))
             return
         if self._concepts.ndim not in (2, 3):
             raise ConceptError(
@@ -202,7 +202,7 @@ class Run:
         if self._concepts is None:
             pipe, words = self._pipe, stream.concepts
             prompts = generation.texts["cond"]
-            limit = limit or text_limit(pipe)
+            limit = limit or self._anatomy.text_limit(pipe)
             embeddings = embed_words(self._anatomy, pipe, words, prompts, embed=stream.embed, limit=limit)
         else:
             embeddings = self._concepts if self._concepts.ndim == 3 else self._concepts[None]
@@ -239,18 +239,20 @@ class Run:
     def _start_forward(self, arguments: dict[str, Any]) -> Forward | None:
         if arguments.get("skip_layers") is not None:
             return None  # skip-layer guidance: a second, truncated pass that is neither branch
-        rows = len(arguments["hidden_states"])
+        rows = self._anatomy.rows(arguments)
         generation = self._generation
         if generation is None:
             generation = self._bare(rows)
         elif self._pipe is None:
             generation = self._next_step(generation, rows)
-        branches = self._branches(generation, rows)
-        self._check_guidance(generation, branches)
+        calls = self._anatomy.unlabelled_calls
+        branches = guidance.branches(generation, rows, self._context, calls)
+        guidance.check(self._branch, generation, branches, self._context, calls)
+        places = self._anatomy.places(self._model, arguments)
         if not generation.slots:
-            self._open(generation, arguments)
+            self._open(generation, arguments, places)
         elif self._pipe is None and self._writer is not None:
-            self._writer.set_timestep(generation.step, self._time(arguments))
+            self._writer.set_timestep(generation.step, self._anatomy.time(arguments))
         writer = self._writer
         assert writer is not None
         for name in branches:
@@ -270,41 +272,26 @@ class Run:
         }
         if not chosen or not (wanted or not self._verified):
             return None
-        verify, self._verified = not self._verified, True
+        blocks = self._anatomy.blocks(self._model)
+        verify = planning.to_verify(writer.layout, blocks) if not self._verified else frozenset()
+        self._verified = True
         embeddings = generation.embeddings if self._needs_stream(wanted) else None
-        return Forward(generation.step, chosen, wanted, embeddings, generation.pooled, generation.pads, verify)
+        return Forward(
+            step=generation.step,
+            branches=chosen,
+            wanted=wanted,
+            arguments=arguments,
+            places=places,
+            embeddings=embeddings,
+            pooled=generation.pooled,
+            pads=generation.pads,
+            through=-1 if embeddings is None else self._probes.reach(blocks),
+            verify=verify,
+        )
 
     def _needs_stream(self, wanted: Mapping[str, Any]) -> bool:
         needs = {need for probe in self._probes for name, need in probe.variables.items() if name in wanted}
         return any(schema.stream(name) == "c" for need in needs for name in need)
-
-    def _branches(self, generation: Generation, rows: int) -> dict[str, slice]:
-        """Which rows of a transformer call are which branch."""
-        name = self._context[-1] if self._context else None
-        if name in schema.BRANCHES and rows == generation.rows:
-            return {name: slice(0, rows)}
-        if rows == generation.rows:
-            return {"cond": slice(0, rows)}
-        if rows == 2 * generation.rows:
-            return {"uncond": slice(0, rows // 2), "cond": slice(rows // 2, rows)}
-        raise TraceError(
-            f"the transformer was called on {rows} rows for {generation.rows} samples; only guidance that doubles the "
-            "batch, or calls twice, is understood"
-        )
-
-    def _check_guidance(self, generation: Generation, branches: Mapping[str, slice]) -> None:
-        """Refuse early to wait for an unconditional half that will not come."""
-        if self._branch == "cond" or "uncond" in branches:
-            return
-        labelled = bool(self._context) and self._context[-1] in schema.BRANCHES
-        # Where guidance is two calls, the second of the step before must have come.
-        late = generation.step > 0 and (generation.step - 1, "uncond") not in generation.ran
-        if late or not labelled:
-            raise TraceError(
-                f"branch={self._branch!r}, but this call runs without classifier-free guidance (or tells its halves "
-                "apart in no way that is understood). Raise guidance_scale, give Flux a negative_prompt and "
-                "true_cfg_scale, or record branch='cond'"
-            )
 
     def _bare(self, rows: int) -> Generation:
         if self._pipe is not None:
@@ -322,19 +309,16 @@ class Run:
         generation.step += 1
         return generation
 
-    def _time(self, arguments: Mapping[str, Any]) -> float:
-        return float(arguments["timestep"].flatten()[0]) * self._anatomy.timestep_scale
-
-    def _open(self, generation: Generation, arguments: Mapping[str, Any]) -> None:
+    def _open(self, generation: Generation, arguments: Mapping[str, Any], places: Places) -> None:
         """Lay out the store at the first call, when all sizes are known, and claim slots for the samples."""
         if not generation.timesteps:
             if self._pipe is None:
                 count = 1 + max((step for probe in self._probes for step in probe.steps or ()), default=0)
                 unknown = [float("nan")] * count
-                generation.timesteps, generation.sigmas = [self._time(arguments), *unknown[1:]], unknown
+                generation.timesteps, generation.sigmas = [self._anatomy.time(arguments), *unknown[1:]], unknown
             else:
                 generation.timesteps, generation.sigmas = pipelines.schedule(self._pipe)
-        prompt_tokens = arguments["encoder_hidden_states"].shape[1]
+        prompt_tokens = places.prompt_tokens
         stream = self._probes.stream
         layout = planning.layout(
             self._anatomy,

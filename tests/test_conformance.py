@@ -9,6 +9,7 @@ from torch import nn
 
 import dit_probe as dp
 from dit_probe import anatomy, stream, testing
+from dit_probe.anatomy import TextSide
 from dit_probe.errors import ReplayError
 
 CASES = testing.cases()
@@ -52,9 +53,9 @@ def case(request):
 def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     differences = testing.replay_differences(tiny.transformer, lambda: tiny.transformer(**tiny.inputs))
-    joint = [block for block in anatomy.find(tiny.transformer).blocks(tiny.transformer) if block.kind == "joint"]
-    assert sorted(differences) == [block.layer for block in joint]
-    for block in joint:
+    blocks = anatomy.find(tiny.transformer).blocks(tiny.transformer)
+    assert sorted(differences) == [block.layer for block in blocks]
+    for block in blocks:
         assert differences[block.layer].keys() == ({"o_p", "p"} if block.text_output else {"o_p"})
 
 
@@ -63,9 +64,9 @@ def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
 def test_concept_stream_equals_the_model_run_on_concepts(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(batch, -1, -1))
-    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"]))
+    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"], layers="all", through="all"))
     assert len(expected) == ds.sizes["layer"]
-    for layer, values in enumerate(expected):
+    for layer, values in expected.items():
         for name, value in values.items():
             close(ds[name].sel(layer=layer).isel(step=0), numpy(value), dtype)
 
@@ -85,13 +86,14 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(case, b
         return lambda module, args, kwargs: (args, {**kwargs, "emb": conditions[layer]["temb"]})
 
     # Only concepts get the zero vector: the image goes on being modulated as the prompt has it.
-    joint = [block for block in anatomy.find(model).blocks(model) if block.kind == "joint"]
-    for block in joint:
-        block.module.norm1.register_forward_pre_hook(as_the_prompt_has_it(block.layer), with_kwargs=True)
+    for block in anatomy.find(model).blocks(model):
+        if block.kind == "joint":
+            block.module.norm1.register_forward_pre_hook(as_the_prompt_has_it(block.layer), with_kwargs=True)
     expected = testing.clamped(model, tiny.inputs, tiny.concepts.expand(batch, -1, -1), pooled_projections=zeros)
     _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"], pooled="zero"))
-    for layer, values in enumerate(expected):
-        for name, value in values.items():
+    # Single-stream blocks modulate text and image with one vector, so joint ones alone can be compared.
+    for layer in ds.layer.values:
+        for name, value in expected[layer].items():
             close(ds[name].sel(layer=layer).isel(step=0), numpy(value))
 
 
@@ -141,11 +143,16 @@ def test_residual_streams_are_the_blocks_outputs(case):
     _, ds = traced(tiny, dp.Probe(record=["x", "p"], layers="all"))
     family = anatomy.find(tiny.transformer)
     seen = {}
-    with torch.no_grad(), testing.watched(tiny.transformer, lambda call, out: seen.update({call.block.layer: out})):
+    with (
+        torch.no_grad(),
+        testing.watched(
+            tiny.transformer, lambda call, out: seen.update({call.block.layer: (call.block, out, call.places)})
+        ),
+    ):
         tiny.transformer(**tiny.inputs)
     assert len(seen) == ds.sizes["layer"]
     for layer, output in seen.items():
-        x, p = family.outputs(output)
+        x, p = family.outputs(*output)
         assert np.array_equal(ds.x.sel(layer=layer).isel(step=0), numpy(x))
         if p is not None:
             assert np.array_equal(ds.p.sel(layer=layer).isel(step=0), numpy(p))
@@ -161,75 +168,98 @@ def test_tokens_are_labelled_with_their_place(case):
 # --- Mutation checks: an oracle that cannot fail proves nothing.
 
 
-def swapped_gates(text):
-    class Mutant(type(text)):
-        def project(self, c, context):
-            projection = super().project(c, context)
-            return dataclasses.replace(projection, modulation=projection.modulation[::-1])
+class Mutant(TextSide):
+    """A text side with something wrong in it."""
 
-        def update(self, c, o, projection, context):
-            if len(projection.modulation) > 1:
-                return super().update(c, o, projection, context)
-            # The shared-weights text side carries one gate; the other comes from norm2: exchange the modules.
-            block = context.block.module
-            block.norm1, block.norm2 = block.norm2, block.norm1
-            try:
-                return super().update(c, o, projection, context)
-            finally:
-                block.norm1, block.norm2 = block.norm2, block.norm1
+    def __init__(self, text):
+        self.text = text
 
-    return Mutant()
+    def project(self, c, context):
+        return self.text.project(c, context)
+
+    def update(self, c, o, projection, context):
+        return self.text.update(c, o, projection, context)
 
 
-def no_text_rotary(text):
-    class Mutant(type(text)):
-        def project(self, c, context):
-            return super().project(c, dataclasses.replace(context, rotary=None))
+class SwappedGates(Mutant):
+    def project(self, c, context):
+        projection = super().project(c, context)
+        return dataclasses.replace(projection, modulation=projection.modulation[::-1])
 
-    return Mutant()
-
-
-def no_key_norm(text):
-    class Mutant(type(text)):
-        def project(self, c, context):
-            attention = context.block.attention
-            name = "norm_added_k" if getattr(attention, "norm_added_k", None) is not None else "norm_k"
-            norm = getattr(attention, name)
-            setattr(attention, name, nn.Identity())
-            try:
-                return super().project(c, context)
-            finally:
-                setattr(attention, name, norm)
-
-    return Mutant()
+    def update(self, c, o, projection, context):
+        if len(projection.modulation) > 1:
+            return super().update(c, o, projection, context)
+        # This text side carries one gate and makes the others anew: it gets another row's of features.
+        wrong = tuple(part.roll(1, dims=-1) for part in projection.modulation)
+        return super().update(c, o, dataclasses.replace(projection, modulation=wrong), context)
 
 
-def no_output_projection(text):
-    class Mutant(type(text)):
-        def update(self, c, o, projection, context):
-            return super().update(c, torch.zeros_like(o), projection, context)
+class NoTextRotary(Mutant):
+    def project(self, c, context):
+        return super().project(c, dataclasses.replace(context, rotary=None))
 
-    return Mutant()
+
+class NoKeyNorm(Mutant):
+    def project(self, c, context):
+        attention, name = context.block.attention, key_norm(context.block)
+        norm = getattr(attention, name)
+        setattr(attention, name, nn.Identity())
+        try:
+            return super().project(c, context)
+        finally:
+            setattr(attention, name, norm)
+
+
+class NoOutputProjection(Mutant):
+    def update(self, c, o, projection, context):
+        return super().update(c, torch.zeros_like(o), projection, context)
+
+
+KEY_NORMS = ("norm_added_k", "norm_k", "txt_attn_k_norm", "k_rms_norm_t", "k_rms_norm", "k_norm")
+
+
+def key_norm(block):
+    return next((name for name in KEY_NORMS if getattr(block.attention, name, None) is not None), None)
 
 
 def mutate(monkeypatch, tiny, change) -> None:
-    family = anatomy.find(tiny.transformer)
+    family = type(anatomy.find(tiny.transformer))
     if change == "stream order":
-        monkeypatch.setattr(type(family), "text_first", not family.text_first)
-    else:
-        monkeypatch.setattr(type(family), "text", change(family.text))
+        right = family.places
+
+        def places(self, *call):
+            found = right(self, *call)
+            image, prompt = (part.stop - part.start for part in (found.image, found.prompt))
+            first = min(found.image.start, found.prompt.start)
+            wrong = anatomy.Places.of(image, prompt, text_first=found.image.start < found.prompt.start, before=first)
+            return dataclasses.replace(wrong, total=found.total)
+
+        monkeypatch.setattr(family, "places", places)
+        return
+    blocks = family.blocks
+
+    def mutants(self, model):
+        return tuple(dataclasses.replace(block, text=change(block.text)) for block in blocks(self, model))
+
+    monkeypatch.setattr(family, "blocks", mutants)
 
 
 def applies(tiny, change) -> bool:
-    block = anatomy.find(tiny.transformer).blocks(tiny.transformer)[0]
-    if change is no_text_rotary:
-        return tiny.inputs.get("txt_ids") is not None
-    if change is no_key_norm:
-        return any(getattr(block.attention, name, None) is not None for name in ("norm_added_k", "norm_k"))
-    return True
+    family = anatomy.find(tiny.transformer)
+    block = family.blocks(tiny.transformer)[0]
+    if change is NoTextRotary:
+        rotates = []
+
+        def see(call, output):
+            rotates.append(family.text_rotary(call.block, call.arguments, call.places, slice(0, 1)) is not None)
+
+        with torch.no_grad(), testing.watched(tiny.transformer, see):
+            tiny.transformer(**tiny.inputs)
+        return rotates[0]
+    return change is not NoKeyNorm or key_norm(block) is not None
 
 
-MUTATIONS = [swapped_gates, no_text_rotary, no_key_norm, no_output_projection, "stream order"]
+MUTATIONS = [SwappedGates, NoTextRotary, NoKeyNorm, NoOutputProjection, "stream order"]
 
 
 @pytest.mark.parametrize("change", MUTATIONS, ids=lambda change: getattr(change, "__name__", change))
@@ -257,7 +287,7 @@ def test_a_wrong_anatomy_differs_from_the_clamped_model(case, change, monkeypatc
 
 def test_trace_refuses_a_model_that_its_anatomy_does_not_describe(case, monkeypatch):
     tiny = testing.tiny_model(*case)
-    mutate(monkeypatch, tiny, no_output_projection)
-    with pytest.raises(ReplayError, match=r"transformer_blocks\.0"):
+    mutate(monkeypatch, tiny, NoOutputProjection)
+    with pytest.raises(ReplayError, match="does not describe this model"):
         traced(tiny, dp.Probe(names(tiny), record=["o_c"], layers=[1]))
     assert testing.leftovers(tiny.transformer) == []

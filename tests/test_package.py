@@ -22,7 +22,7 @@ FLOW = (
     ("errors", "schema"),
     ("anatomy", "attention"),
     ("concepts", "stream", "probe", "planning"),
-    ("pipelines", "hooks", "transfer"),
+    ("pipelines", "guidance", "hooks", "transfer"),
     ("store",),
     ("recording", "tracing", "edit", "encoding", "verify"),
     ("selection",),

@@ -92,7 +92,7 @@ def test_no_pooled_vector(pipelines):
 def test_no_t5(pipelines):
     pipe = testing.tiny_pipeline("sd3")
     pipe.text_encoder_3 = None
-    with pytest.raises(ConceptError, match="loaded without its T5"):
+    with pytest.raises(ConceptError, match="loaded without its text encoder"):
         dp.trace(pipe, ConceptAttention(WORDS))
 
 

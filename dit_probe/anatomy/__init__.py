@@ -4,29 +4,57 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
-from dit_probe.anatomy.base import Anatomy, Block, Grid, Projection, TextContext, TextSide
+from dit_probe.anatomy.base import Anatomy
+from dit_probe.anatomy.block import Block, Grid, Places, Projection, TextContext, TextSide
 from dit_probe.errors import ModelError
 
-__all__ = ["Anatomy", "Block", "Grid", "Projection", "TextContext", "TextSide", "families", "find", "transformer_of"]
+__all__ = [
+    "Anatomy",
+    "Block",
+    "Grid",
+    "Places",
+    "Projection",
+    "TextContext",
+    "TextSide",
+    "families",
+    "find",
+    "transformer_of",
+]
+
+
+def families() -> dict[str, Anatomy]:
+    """Every family that can be traced, by name: those of this folder, and every other subclass of `Anatomy`.
+
+    A package of yours names its module under the entry point ``dit_probe.anatomies``; in a script, importing the file
+    is enough.
+
+    Example:
+        >>> {"cogvideox", "flux", "sd3"} <= families().keys()
+        True
+    """
+    _import_all()
+    return {kind.family: kind() for kind in _subclasses(Anatomy) if "family" in vars(kind)}
 
 
 @cache
-def families() -> dict[str, Anatomy]:
-    """Every family that can be traced, by name.
-
-    Example:
-        >>> sorted(families())
-        ['cogvideox', 'flux', 'sd3']
-    """
+def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    found = [kind() for kind in Anatomy.__subclasses__() if kind.__module__.startswith(__name__)]
-    return {anatomy.family: anatomy for anatomy in found}
+    for point in entry_points(group="dit_probe.anatomies"):
+        point.load()
+
+
+def _subclasses(kind: type[Anatomy]) -> Iterator[type[Anatomy]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 def transformer_of(model: Any) -> nn.Module:

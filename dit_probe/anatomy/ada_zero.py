@@ -1,4 +1,4 @@
-"""The commonest text side: adaptive layer norm with six outputs, projections of its own, a gated MLP.
+"""The commonest text sides: adaptive layer norm with six outputs, projections of its own, a gated MLP.
 
     n, a1, b, g, a2 = norm1_context(c, temb)
     c <- c + a1 * P o_c                                    eq. (6)
@@ -10,11 +10,12 @@ The paper's eqs. (6) and (7) leave out that ``n`` is itself shifted and scaled b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_probe.anatomy.base import Projection, TextContext, TextSide, rotate
+from dit_probe.anatomy.block import Projection, TextContext, TextSide
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,17 @@ class AdaZeroText(TextSide):
     def project(self, c: Tensor, context: TextContext) -> Projection:
         block, attention = context.block.module, context.block.attention
         if context.block.text_output:
-            normed, *modulation = block.norm1_context(c, emb=context.temb)
+            normed, *modulation = block.norm1_context(c, emb=context.modulation)
         else:
-            normed, modulation = block.norm1_context(c, context.temb), []
+            normed, modulation = block.norm1_context(c, context.modulation), []
         if getattr(attention, "fused_projections", False):
             projected = attention.to_added_qkv(normed).chunk(3, dim=-1)
         else:
             projected = (attention.add_q_proj(normed), attention.add_k_proj(normed), attention.add_v_proj(normed))
-        heads = attention.heads
-        q, k, v = (part.unflatten(-1, (heads, -1)) for part in projected)
+        q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
         q = q if attention.norm_added_q is None else attention.norm_added_q(q)
         k = k if attention.norm_added_k is None else attention.norm_added_k(k)
-        if context.rotary is None:
-            return Projection(q, k, v, q, k, tuple(modulation))
-        return Projection(rotate(q, context.rotary), rotate(k, context.rotary), v, q, k, tuple(modulation))
+        return Projection.of(q, k, v, context.rotary, modulation)
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block = context.block.module
@@ -51,3 +49,40 @@ class AdaZeroText(TextSide):
         c = c + gate * context.block.attention.to_add_out(o.flatten(2))
         c = c + mlp_gate * block.ff_context(block.norm2_context(c) * (1 + scale) + shift)
         return c.clip(-65504, 65504) if self.clips_half and c.dtype == torch.float16 else c
+
+
+@dataclass(frozen=True)
+class ParallelText(TextSide):
+    """Single-stream blocks of Flux and its kin, on text tokens alone: attention and MLP side by side.
+
+    n, a = norm(c, temb);   c <- c + a * P [o_c, MLP(n)]
+
+    Attributes:
+        clips_half: as in `AdaZeroText`.
+    """
+
+    clips_half: bool = False
+
+    def project(self, c: Tensor, context: TextContext) -> Projection:
+        attention = context.block.attention
+        normed, gate = context.block.module.norm(c, emb=context.modulation)
+        if getattr(attention, "fused_projections", False):
+            projected = attention.to_qkv(normed).chunk(3, dim=-1)
+        else:
+            projected = (attention.to_q(normed), attention.to_k(normed), attention.to_v(normed))
+        q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
+        q = q if attention.norm_q is None else attention.norm_q(q)
+        k = k if attention.norm_k is None else attention.norm_k(k)
+        return Projection.of(q, k, v, context.rotary, [gate])
+
+    def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
+        block = context.block.module
+        (gate,) = projection.modulation
+        normed, _ = block.norm(c, emb=context.modulation)
+        hidden = torch.cat([o.flatten(2), self.mlp(block, normed)], dim=2)
+        c = c + gate.unsqueeze(1) * block.proj_out(hidden)
+        return c.clip(-65504, 65504) if self.clips_half and c.dtype == torch.float16 else c
+
+    def mlp(self, block: Any, normed: Tensor) -> Tensor:
+        """The hidden layer of the MLP branch."""
+        return block.act_mlp(block.proj_mlp(normed))

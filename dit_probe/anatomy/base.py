@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,110 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dit_probe.anatomy.block import Block, Grid, Modulation, Places, Rotary, TextSide
+from dit_probe.attention import AttentionCall, joint_call
+from dit_probe.errors import ModelError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Positions of the image tokens: one integer per token and axis, in the order of the image stream."""
-
-    frame: tuple[int, ...]
-    y: tuple[int, ...]
-    x: tuple[int, ...]
-
-    @classmethod
-    def regular(cls, height: int, width: int, frames: int = 1) -> Grid:
-        """Row-major grid of ``frames`` x ``height`` x ``width`` tokens."""
-        where = [(f, y, x) for f in range(frames) for y in range(height) for x in range(width)]
-        return cls(*(tuple(axis) for axis in zip(*where, strict=True)))
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block of a model.
-
-    Attributes:
-        layer: index among the blocks, joint ones first, counted from 0.
-        kind: "joint" (two residual streams) or "single" (one sequence).
-        path: module path within the transformer.
-        module: the block.
-        attention: the module inside it that makes the joint attention call.
-        text_output: whether the block hands on a text stream; SD3's last one (context_pre_only) does not.
-    """
-
-    layer: int
-    kind: str
-    path: str
-    module: Any
-    attention: Any
-    text_output: bool = True
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of one call by name; positional, keyword and gradient-checkpointing calls alike.
-
-        The class's forward is read, because offloading libraries replace the one on the instance.
-        """
-        signature = inspect.signature(type(self.module).forward)
-        return dict(signature.bind_partial(self.module, *args, **kwargs).arguments)
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """What the text side of a block needs beside its tokens.
-
-    Attributes:
-        block: the block.
-        temb: modulation input (row, width): timestep, and pooled text where the family has it.
-        rotary: (cos, sin), each (token, head_dim) or one row for all tokens; None when text is not rotated.
-    """
-
-    block: Block
-    temb: Tensor
-    rotary: Rotary | None
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Text tokens as the attention call of a block would see them, each (row, token, head, head_dim).
-
-    `modulation` holds the gates, shifts and scales that `TextSide.update` needs again.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_unrotated: Tensor
-    k_unrotated: Tensor
-    modulation: tuple[Tensor, ...] = ()
-
-
-class TextSide:
-    """The text half of a joint block, applied to any tokens: the prompt's own, or concepts.
-
-    Submodules are called as modules, never through their weights, so that LoRA, quantised and offloaded layers act
-    on concepts exactly as on text.
-    """
-
-    def project(self, c: Tensor, context: TextContext) -> Projection:
-        """Norm, modulation, projections, qk-norm and rotary embedding: the q, k and v of eqs. (2) and (3)."""
-        raise NotImplementedError
-
-    def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
-        """Output projection, gates and MLP, eqs. (6) and (7): ``c`` after the block.
-
-        Args:
-            c: (row, token, width) before the block.
-            o: (row, token, head, head_dim), what the attention operation produced.
-            projection: what `project` returned for the same tokens.
-            context: as in `project`.
-        """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -151,44 +54,65 @@ class Anatomy:
     Attributes:
         family: short name, as in the store's attrs.
         classes: transformer class names in diffusers.
+        joint, single: attributes of the model that hold its joint and its single-stream blocks.
+        attention: attribute of a block that holds its attention module.
         text: how the text stream runs through a joint block.
+        single_text: how text tokens run through a single-stream block.
         text_first: whether text precedes the image in the joint attention sequence.
+        returns_text_first: whether a block returns (prompt, image), not (image, prompt).
         pooled: whether a pooled text vector modulates the blocks.
-        t5: pipeline attributes that hold the T5 tokenizer and encoder.
-        timestep_scale: factor from the transformer's ``timestep`` argument to 0..1000.
+        pooled_argument: which positional argument of the `conditioner` it is.
+        encoder: pipeline attributes that hold the tokenizer and text encoder that concepts go through.
+        timestep_scale: factor from the transformer's timestep argument to 0..1000.
         heads_first: whether the qk-norms of `unrotated` see (row, head, token, head_dim).
+        unlabelled_calls: branches of the transformer calls of one step, in order, where the pipeline guides by two
+            calls that it does not name (`cache_context`).
+        variants: names of the configurations that `tiny` offers.
+        pipeline_variants: those that `tiny_pipeline` offers.
     """
 
     family: str
     classes: tuple[str, ...]
+    joint: str = "transformer_blocks"
+    single: str = "single_transformer_blocks"
+    attention: str = "attn"
     text: TextSide
+    single_text: TextSide
     text_first: bool
-    pooled: bool
-    t5: tuple[str, str]
+    returns_text_first: bool = True
+    pooled: bool = False
+    pooled_argument: int = -1
+    encoder: tuple[str, str] = ("tokenizer", "text_encoder")
     timestep_scale: float = 1.0
     heads_first: bool = False
+    unlabelled_calls: tuple[str, ...] = ("cond",)
     variants: tuple[str, ...] = ()
+    pipeline_variants: tuple[str, ...] = ()
+
+    # --- where things are
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """Every block in running order, joint before single."""
-        raise NotImplementedError
+        found: list[Block] = []
+        for kind, name in (("joint", self.joint), ("single", self.single)):
+            for index, module in enumerate(getattr(model, name, None) or ()):
+                attention = getattr(module, self.attention)
+                side = self.text if kind == "joint" else self.single_text
+                output = not getattr(module, "context_pre_only", False)
+                found.append(Block(len(found), kind, f"{name}.{index}", module, attention, side, output))
+        return tuple(found)
 
     def refuse(self, model: nn.Module) -> str | None:
         """Why this very model cannot be traced truthfully, or None."""
         return None
 
-    def streams(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Image and prompt stream at the input of a block."""
-        return arguments["hidden_states"], arguments["encoder_hidden_states"]
+    def heads(self, model: Any) -> tuple[int, int]:
+        """Number of attention heads and their dimension."""
+        return model.config.num_attention_heads, model.config.attention_head_dim
 
-    def outputs(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        """Image and prompt stream that a block returned."""
-        p, x = output
-        return x, p
-
-    def text_rotary(self, arguments: Mapping[str, Any], tokens: int) -> Rotary | None:
-        """Rotary embedding of the prompt's tokens (token, head_dim), or None when text is not rotated."""
-        return None
+    def text_width(self, model: Any) -> int:
+        """Width of the prompt stream; Mochi's is not the image stream's."""
+        return math.prod(self.heads(model))
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         """Modules whose outputs are the unrotated ``q_x k_x q_p k_p``, or ``q k`` of the joint sequence.
@@ -197,37 +121,87 @@ class Anatomy:
         """
         return {}
 
-    def entry(self, model: nn.Module) -> nn.Module:
-        """The module that takes text embeddings into the prompt stream."""
+    # --- one call of the transformer; `arguments` are its own, by name
+
+    def rows(self, arguments: Mapping[str, Any]) -> int:
+        """Number of rows, guidance included."""
+        return len(arguments["hidden_states"])
+
+    def time(self, arguments: Mapping[str, Any]) -> float:
+        """The timestep, 0..1000."""
+        return float(arguments["timestep"].flatten()[0]) * self.timestep_scale
+
+    def grid(self, model: Any, arguments: Mapping[str, Any]) -> Grid:
+        """Positions of the image tokens."""
         raise NotImplementedError
 
-    def embed(self, model: nn.Module, embeddings: Tensor) -> Tensor:
-        """Concept embeddings (row, concept, text width) to ``c`` before block 0 (row, concept, width)."""
+    def prompt_tokens(self, model: Any, arguments: Mapping[str, Any]) -> int:
+        """Length of the prompt stream."""
+        return arguments["encoder_hidden_states"].shape[1]
+
+    def places(self, model: Any, arguments: Mapping[str, Any]) -> Places:
+        """Where image and prompt stand in the joint sequence."""
+        image, prompt = len(self.grid(model, arguments)), self.prompt_tokens(model, arguments)
+        return Places.of(image, prompt, text_first=self.text_first)
+
+    def entry(self, model: Any) -> nn.Module:
+        """The last module that text passes before the blocks; when it has run, concepts can be embedded."""
+        raise NotImplementedError
+
+    def embed(self, model: Any, embeddings: Tensor, arguments: Mapping[str, Any], rows: slice) -> Tensor:
+        """Concept embeddings (row, concept, text width) to ``c`` before block 0 (row, concept, width).
+
+        Every concept enters as if it were the whole prompt: none sees another before the first block. `rows` are the
+        rows of the call that the embeddings belong to.
+        """
         return self.entry(model)(embeddings)
 
-    def conditioner(self, model: nn.Module) -> nn.Module | None:
-        """The module that makes ``temb``, called with the pooled text vector last; None when there is none."""
+    def feed(self, model: Any, block: Block, c: Tensor, embeddings: Tensor) -> Tensor:
+        """``c`` as a block takes it in, where the model mixes text into the stream again before every block."""
+        return c
+
+    def conditioner(self, model: Any) -> nn.Module | None:
+        """The module that makes the modulation input from the pooled text vector; None when there is none."""
         return None
 
-    def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
-        """Positions of the image tokens, read from one transformer call."""
-        raise NotImplementedError
+    # --- one call of a block; `arguments` are its own, by name
 
-    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
-        """Positions of the image tokens that a pipeline call of this size (pixels, frames) will have."""
-        raise NotImplementedError
+    def streams(self, block: Block, arguments: Mapping[str, Any], places: Places) -> tuple[Tensor, Tensor]:
+        """Image and prompt stream at the input of a block."""
+        x, p = arguments["hidden_states"], arguments.get("encoder_hidden_states")
+        return places.split(x) if p is None else (x, p)
 
-    def heads(self, model: Any) -> tuple[int, int]:
-        """Number of attention heads and their dimension."""
-        return model.config.num_attention_heads, model.config.attention_head_dim
+    def outputs(self, block: Block, output: Any, places: Places) -> tuple[Tensor, Tensor | None]:
+        """Image and prompt stream that a block returned."""
+        if isinstance(output, Tensor):
+            return places.split(output)
+        return (output[1], output[0]) if self.returns_text_first else (output[0], output[1])
 
-    def prompt_tokens(self, t5_tokens: int) -> int:
-        """Length of the prompt stream when T5 gives `t5_tokens`."""
-        return t5_tokens
+    def joint_call(self, calls: Sequence[AttentionCall], arguments: Mapping[str, Any], where: str, tokens: int) -> Any:
+        """The block's joint attention, of the attention calls that were seen in it."""
+        return joint_call(calls, tokens, where)
+
+    def modulation(self, block: Block, arguments: Mapping[str, Any]) -> Modulation:
+        """What modulates the text side: tensors whose first dim is the row (or 1 for all rows)."""
+        return arguments["temb"]
+
+    def text_rotary(self, block: Block, arguments: Mapping[str, Any], places: Places, at: slice) -> Rotary | None:
+        """Rotary embedding of some of the prompt's tokens (`at`, in the prompt), or None when text is not rotated."""
+        return None
+
+    # --- pipelines
+
+    def text_limit(self, pipe: Any) -> int:
+        """How many tokens the pipeline gives a prompt unless told otherwise."""
+        return inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+
+    def encode_text(self, pipe: Any, texts: Sequence[str], limit: int) -> Tensor:
+        """Texts as the pipeline encodes prompts: (text, token, text width), the first token the text's own first."""
+        return pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=limit, device=pipe._execution_device)
 
     def tokens(self, pipe: Any, prompt: str, length: int) -> tuple[list[str], list[bool]]:
         """Strings of the prompt stream's tokens, and which of them are padding."""
-        tokenizer = getattr(pipe, self.t5[0])
+        tokenizer = getattr(pipe, self.encoder[0])
         encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
         strings = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
         return strings, [not mask for mask in encoded["attention_mask"]]
@@ -236,22 +210,54 @@ class Anatomy:
         """Pooled text vectors (word, width) by the pipeline's own encoder."""
         raise NotImplementedError
 
+    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
+        """Positions of the image tokens that a pipeline call of this size (pixels, frames) will have."""
+        token = pipe.vae_scale_factor * 2
+        return Grid.regular(height // token, width // token)
+
+    def planned_prompt_tokens(self, limit: int) -> int:
+        """Length of the prompt stream when the text encoder gives `limit` tokens."""
+        return limit
+
     def prepare(
         self, pipe: Any, pixels: Sequence[Sequence[Image]], prompts: Sequence[str], seed: int, **text: Any
     ) -> EncodeInputs:
         """Latents of real images or videos and the transformer call that reads them; `text` goes to encode_prompt."""
-        raise NotImplementedError
+        raise ModelError(
+            f"real images cannot be encoded for {self.family} models yet. Trace a generation, or call the transformer "
+            "on latents of your own inside trace(pipe.transformer, ...)"
+        )
+
+    # --- tests
 
     def tiny(self, variant: str, batch: int) -> TinyModel:
         """A small random model for tests; `variants` lists what there is."""
         raise NotImplementedError
 
     def with_prompt(self, inputs: Mapping[str, Any], embeddings: Tensor) -> dict[str, Any]:
-        """The same call on other text (row, token, text width), every token at the first one's position."""
+        """The same transformer call on other text (row, token, text width), every token at the first one's position."""
         return {**inputs, "encoder_hidden_states": embeddings}
 
+    def with_streams(
+        self, block: Block, arguments: Mapping[str, Any], x: Tensor, p: Tensor, places: Places
+    ) -> dict[str, Any]:
+        """The same block call on other streams."""
+        if arguments.get("encoder_hidden_states") is not None:
+            return {**arguments, "hidden_states": x, "encoder_hidden_states": p}
+        joint = arguments["hidden_states"].clone()
+        joint[:, places.image], joint[:, places.prompt] = x, p
+        return {**arguments, "hidden_states": joint}
+
+    def clamp(self, block: Block, arguments: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """A block call of the model's run on concepts, put right for the comparison with the concept stream.
+
+        Every text token at the first one's position, where `with_prompt` cannot say so; and, of the call that was
+        made `before` on the prompt, whatever the prompt would otherwise reach the concepts through.
+        """
+        return dict(arguments)
+
     def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
-        """A small random pipeline around `tiny`'s model, with the tokenizers and encoders of `parts`."""
+        """A small random pipeline, with the tokenizers and encoders of `parts`; see `pipeline_variants`."""
         raise NotImplementedError
 
 
@@ -268,21 +274,6 @@ class EncodeInputs:
     latents: Tensor
     noise: Tensor
     call: Mapping[str, Any]
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding on interleaved pairs of (row, token, head, head_dim), in float32.
-
-    Example:
-        >>> x = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-        >>> quarter = (torch.zeros(1, 2), torch.ones(1, 2))
-        >>> rotate(x, quarter).flatten().tolist()
-        [0.0, 1.0]
-    """
-    cos, sin = (part.to(x.device)[None, :, None, :] for part in rotary)
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 def draw_noise(latents: Tensor, seed: int) -> Tensor:

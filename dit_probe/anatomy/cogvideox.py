@@ -8,18 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_probe.anatomy.base import (
-    Anatomy,
-    Block,
-    EncodeInputs,
-    Grid,
-    Projection,
-    TextContext,
-    TextSide,
-    TinyModel,
-    TinyParts,
-    draw_noise,
-)
+from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
+from dit_probe.anatomy.block import Block, Grid, Projection, TextContext, TextSide
 
 
 class SharedWeightsText(TextSide):
@@ -28,7 +18,7 @@ class SharedWeightsText(TextSide):
     def project(self, c: Tensor, context: TextContext) -> Projection:
         attention = context.block.attention
         # norm1 works row by row and token by token: c stands in for the image as well, whose half is dropped.
-        _, normed, _, gate = context.block.module.norm1(c[:, :1], c, context.temb)
+        _, normed, _, gate = context.block.module.norm1(c[:, :1], c, context.modulation)
         if getattr(attention, "fused_projections", False):
             projected = attention.to_qkv(normed).chunk(3, dim=-1)
         else:
@@ -36,14 +26,14 @@ class SharedWeightsText(TextSide):
         q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
         q = q if attention.norm_q is None else attention.norm_q(q)
         k = k if attention.norm_k is None else attention.norm_k(k)
-        return Projection(q, k, v, q, k, (gate,))
+        return Projection.of(q, k, v, context.rotary, [gate])
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block = context.block.module
         to_out = context.block.attention.to_out
         (gate,) = projection.modulation
         c = c + gate * to_out[1](to_out[0](o.flatten(2)))
-        _, normed, _, mlp_gate = block.norm2(c[:, :1], c, context.temb)
+        _, normed, _, mlp_gate = block.norm2(c[:, :1], c, context.modulation)
         return c + mlp_gate * block.ff(normed)
 
 
@@ -52,22 +42,13 @@ class CogVideoX(Anatomy):
 
     family = "cogvideox"
     classes = ("CogVideoXTransformer3DModel",)
+    attention = "attn1"
     text = SharedWeightsText()
     text_first = True
-    pooled = False
-    t5 = ("tokenizer", "text_encoder")
+    returns_text_first = False
     heads_first = True
     variants = ("2b", "5b", "1.5")
-
-    def blocks(self, model: Any) -> tuple[Block, ...]:
-        return tuple(
-            Block(layer, "joint", f"transformer_blocks.{layer}", block, block.attn1)
-            for layer, block in enumerate(model.transformer_blocks)
-        )
-
-    def outputs(self, output: Any) -> tuple[Tensor, Tensor]:
-        x, p = output
-        return x, p
+    pipeline_variants = ("2b", "5b")
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         if arguments.get("image_rotary_emb") is None:
@@ -78,7 +59,7 @@ class CogVideoX(Anatomy):
     def entry(self, model: Any) -> nn.Module:
         return model.patch_embed.text_proj
 
-    def embed(self, model: Any, embeddings: Tensor) -> Tensor:
+    def embed(self, model: Any, embeddings: Tensor, arguments: Mapping[str, Any], rows: slice) -> Tensor:
         c = self.entry(model)(embeddings)
         patch_embed = model.patch_embed
         if patch_embed.use_positional_embeddings or patch_embed.use_learned_positional_embeddings:

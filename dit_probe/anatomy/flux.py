@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_probe.anatomy.ada_zero import AdaZeroText
-from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, Rotary, TinyModel, TinyParts, draw_noise
+from dit_probe.anatomy.ada_zero import AdaZeroText, ParallelText
+from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
+from dit_probe.anatomy.block import Block, Grid, Places, Rotary, interleaved
 
 
 class Flux(Anatomy):
@@ -18,26 +19,16 @@ class Flux(Anatomy):
     family = "flux"
     classes = ("FluxTransformer2DModel",)
     text = AdaZeroText(clips_half=True)
+    single_text = ParallelText(clips_half=True)
     text_first = True
     pooled = True
-    t5 = ("tokenizer_2", "text_encoder_2")
+    encoder = ("tokenizer_2", "text_encoder_2")
     timestep_scale = 1000.0
     variants = ("schnell", "dev")
+    pipeline_variants = ("schnell",)
 
-    def blocks(self, model: Any) -> tuple[Block, ...]:
-        joint = [
-            Block(layer, "joint", f"transformer_blocks.{layer}", block, block.attn)
-            for layer, block in enumerate(model.transformer_blocks)
-        ]
-        single = [
-            Block(len(joint) + index, "single", f"single_transformer_blocks.{index}", block, block.attn)
-            for index, block in enumerate(model.single_transformer_blocks)
-        ]
-        return (*joint, *single)
-
-    def text_rotary(self, arguments: Mapping[str, Any], tokens: int) -> Rotary:
-        cos, sin = arguments["image_rotary_emb"]
-        return cos[:tokens], sin[:tokens]
+    def text_rotary(self, block: Block, arguments: Mapping[str, Any], places: Places, at: slice) -> Rotary:
+        return interleaved(arguments["image_rotary_emb"], places.in_joint(at))
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         attention = block.attention
@@ -60,10 +51,6 @@ class Flux(Anatomy):
         ids = arguments["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         return Grid(*(tuple(axis) for axis in ids.round().long().T.tolist()))
-
-    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
-        token = 2 * pipe.vae_scale_factor
-        return Grid.regular(height // token, width // token)
 
     def pooled_vectors(self, pipe: Any, words: Sequence[str]) -> Tensor:
         return pipe._get_clip_prompt_embeds(prompt=list(words), device=pipe._execution_device)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe.anatomy.ada_zero import AdaZeroText
-from dit_probe.anatomy.base import Anatomy, Block, EncodeInputs, Grid, TinyModel, TinyParts, draw_noise
+from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
+from dit_probe.anatomy.block import Grid
 
 _CLIP_TOKENS = 77
 
@@ -25,14 +26,9 @@ class SD3(Anatomy):
     text = AdaZeroText()
     text_first = False
     pooled = True
-    t5 = ("tokenizer_3", "text_encoder_3")
+    encoder = ("tokenizer_3", "text_encoder_3")
     variants = ("sd3", "sd3.5-large", "sd3.5-medium")
-
-    def blocks(self, model: Any) -> tuple[Block, ...]:
-        return tuple(
-            Block(layer, "joint", f"transformer_blocks.{layer}", block, block.attn, not block.context_pre_only)
-            for layer, block in enumerate(model.transformer_blocks)
-        )
+    pipeline_variants = ("sd3", "sd3.5-medium")
 
     def refuse(self, model: Any) -> str | None:
         attention = model.transformer_blocks[0].attn
@@ -59,8 +55,8 @@ class SD3(Anatomy):
         token = pipe.vae_scale_factor * pipe.transformer.config.patch_size
         return Grid.regular(height // token, width // token)
 
-    def prompt_tokens(self, t5_tokens: int) -> int:
-        return _CLIP_TOKENS + t5_tokens
+    def planned_prompt_tokens(self, limit: int) -> int:
+        return _CLIP_TOKENS + limit
 
     def tokens(self, pipe: Any, prompt: str, length: int) -> tuple[list[str], list[bool]]:
         clip = pipe.tokenizer(prompt, padding="max_length", max_length=_CLIP_TOKENS, truncation=True)
