@@ -6,6 +6,8 @@ kernels need not call it at all. Both doors are watched; what is reported is the
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +40,12 @@ class AttentionCall:
 
 
 class AttentionTap:
-    """Collects the attention calls made between `open` and `close`."""
+    """Collects the attention calls that the thread makes between `open` and `close`; taps may be nested."""
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
         self._depth = 0
         self._mode: TorchFunctionMode | None = None
-        self._backends: dict[Any, Callable[..., Any]] = {}
 
     def open(self) -> None:
         """Start listening."""
@@ -52,27 +53,22 @@ class AttentionTap:
         self._depth = 0
         self._mode = _FunctionMode(self)
         self._mode.__enter__()
-        registry = _backends()
-        self._backends = dict(registry)
-        registry.update({name: self._wrap(function) for name, function in self._backends.items()})
+        _open_taps().append(self)
+        _BACKENDS.watch()
 
     def close(self) -> None:
         """Stop listening and put everything back."""
         if self._mode is None:
             return
-        _backends().update(self._backends)
+        _BACKENDS.release()
+        _open_taps().remove(self)
         self._mode.__exit__(None, None, None)
         self._mode = None
 
-    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def backend(*args: Any, **kwargs: Any) -> Any:
-            return self._observe(function, args, kwargs, heads_first=False)
-
-        return backend
-
-    def _observe(
+    def observe(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, heads_first: bool
     ) -> Any:
+        """Make an attention call and keep it, unless it is made inside another one."""
         outermost = self._depth == 0
         self._depth += 1
         try:
@@ -82,6 +78,62 @@ class AttentionTap:
         if outermost:
             self.calls.append(_call(args, kwargs, result, heads_first))
         return result
+
+
+class _Backends:
+    """diffusers' table of attention kernels, wrapped while any tap of any thread is open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._replaced: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+    def watch(self) -> None:
+        with self._lock:
+            self._open += 1
+            if self._open == 1:
+                table = _table()
+                self._replaced = {name: (function, _listening(function)) for name, function in table.items()}
+                table.update({name: wrapped for name, (_, wrapped) in self._replaced.items()})
+
+    def release(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0:
+                table = _table()
+                table.update({n: original for n, (original, ours) in self._replaced.items() if table.get(n) is ours})
+                self._replaced = {}
+
+
+_BACKENDS = _Backends()
+_LOCAL = threading.local()
+
+
+def _open_taps() -> list[AttentionTap]:
+    return _LOCAL.__dict__.setdefault("taps", [])
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    # The dispatcher's own name for its table of kernels; nothing public lies on the path of every backend.
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry._backends
+
+
+def _listening(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that tells the taps of the thread that calls it."""
+
+    def backend(*args: Any, **kwargs: Any) -> Any:
+        call = function
+        for tap in _open_taps():
+            call = functools.partial(_told, tap, call)
+        return call(*args, **kwargs)
+
+    return backend
+
+
+def _told(tap: AttentionTap, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return tap.observe(function, args, kwargs, heads_first=False)
 
 
 def joint_call(calls: Sequence[AttentionCall], tokens: int, where: str) -> AttentionCall:
@@ -115,15 +167,8 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._tap._observe(func, args, kwargs, heads_first=True)
+            return self._tap.observe(func, args, kwargs, heads_first=True)
         return func(*args, **kwargs)
-
-
-def _backends() -> dict[Any, Callable[..., Any]]:
-    # The dispatcher's own name for its table of kernels; nothing public lies on the path of every backend.
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return _AttentionBackendRegistry._backends
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, heads_first: bool) -> AttentionCall:

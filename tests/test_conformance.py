@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tracing_cases import generate
 
 import dit_probe as dp
 from dit_probe import anatomy, stream, testing
 from dit_probe.anatomy import TextSide
+from dit_probe.anatomy.block import arguments_of
 from dit_probe.errors import ReplayError
 
 CASES = testing.cases()
@@ -37,9 +39,20 @@ def names(tiny: testing.TinyModel) -> list[str]:
     return [f"concept {index}" for index in range(len(tiny.concepts))]
 
 
+def everywhere(tiny: testing.TinyModel, **options) -> dp.Probe:
+    """A probe of every layer, with concepts in single-stream blocks too."""
+    return dp.Probe(names(tiny), layers="all", through="all", **options)
+
+
+@torch.no_grad()
+def predict(tiny: testing.TinyModel) -> torch.Tensor:
+    output = tiny.transformer(**tiny.inputs)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
 def traced(tiny: testing.TinyModel, probe: dp.Probe, **options):
     with torch.no_grad(), dp.trace(tiny.transformer, probe, concepts=tiny.concepts, progress=False, **options) as run:
-        output = tiny.transformer(**tiny.inputs).sample
+        output = predict(tiny)
     return output, run.dataset.load()
 
 
@@ -64,7 +77,7 @@ def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
 def test_concept_stream_equals_the_model_run_on_concepts(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(batch, -1, -1))
-    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"], layers="all", through="all"))
+    _, ds = traced(tiny, everywhere(tiny, record=["o_c", "c"]))
     assert len(expected) == ds.sizes["layer"]
     for layer, values in expected.items():
         for name, value in values.items():
@@ -101,27 +114,39 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(case, b
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equation_4_holds_on_what_was_stored(case, batch, dtype, tmp_path):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
-    _, ds = traced(tiny, dp.Probe(names(tiny), record=VECTORS), store=tmp_path / "run.zarr")
+    traced(tiny, everywhere(tiny, record=VECTORS), store=tmp_path / "run.zarr")
     ds = dp.open(tmp_path / "run.zarr").load()
-    joint = ds.sel(layer=ds.kind == "joint")
-    for queries in ("c", "p", "x"):
-        # Concepts read the image and each other; prompt and image read the prompt and the image, never concepts.
-        text = "c" if queries == "c" else "p"
-        k, v = (
-            np.concatenate([joint[f"{letter}_x"].values, joint[f"{letter}_{text}"].values], axis=3) for letter in "kv"
-        )
-        close(joint[f"o_{queries}"], testing.attention_from_store(joint[f"q_{queries}"].values, k, v), dtype)
+    whole = nothing_but_image_and_prompt(tiny)
+    for layer in ds.layer.values:
+        at = ds.sel(layer=layer)
+        for queries in ("c", "p", "x") if whole else ("c",):
+            # Concepts read the image and each other; prompt and image read the prompt and the image, never concepts.
+            text = "c" if queries == "c" else "p"
+            k, v = (np.concatenate([at[f"{letter}_x"], at[f"{letter}_{text}"]], axis=2) for letter in "kv")
+            close(at[f"o_{queries}"], testing.attention_from_store(at[f"q_{queries}"], k, v), dtype)
+
+
+@torch.no_grad()
+def nothing_but_image_and_prompt(tiny) -> bool:
+    """Whether the joint sequence holds nothing else, and no mask hides any of it."""
+    found = []
+
+    def see(call, output):
+        tokens = sum(part.stop - part.start for part in (call.places.image, call.places.prompt))
+        found.append(tokens == call.places.total and call.attention.mask is None)
+
+    with testing.watched(tiny.transformer, see):
+        tiny.transformer(**tiny.inputs)
+    return all(found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_output_is_untouched_and_nothing_stays_hooked(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
-    with torch.no_grad():
-        before = tiny.transformer(**tiny.inputs).sample
-    during, _ = traced(tiny, dp.Probe(names(tiny), record=[*VECTORS, *RESIDUALS], scores=dp.schema.SPACES))
-    with torch.no_grad():
-        after = tiny.transformer(**tiny.inputs).sample
+    before = predict(tiny)
+    during, _ = traced(tiny, everywhere(tiny, record=[*VECTORS, *RESIDUALS], scores=dp.schema.SPACES))
+    after = predict(tiny)
     assert torch.equal(before, during) and torch.equal(before, after)
     assert testing.leftovers(tiny.transformer) == []
 
@@ -131,7 +156,7 @@ def test_output_is_untouched_and_nothing_stays_hooked(case, batch, dtype):
 def test_concepts_are_a_set(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     order = torch.arange(len(tiny.concepts)).flip(0)
-    probe = dp.Probe(names(tiny), record=["o_c", "c", "q_c"])
+    probe = everywhere(tiny, record=["o_c", "c", "q_c"])
     _, ds = traced(tiny, probe)
     _, turned = traced(dataclasses.replace(tiny, concepts=tiny.concepts[order]), probe)
     for name in ("o_c", "q_c"):
@@ -154,15 +179,70 @@ def test_residual_streams_are_the_blocks_outputs(case):
     for layer, output in seen.items():
         x, p = family.outputs(*output)
         assert np.array_equal(ds.x.sel(layer=layer).isel(step=0), numpy(x))
-        if p is not None:
+        if output[0].text_output:
             assert np.array_equal(ds.p.sel(layer=layer).isel(step=0), numpy(p))
 
 
 def test_tokens_are_labelled_with_their_place(case):
     tiny = testing.tiny_model(*case)
-    _, ds = traced(tiny, dp.Probe(record=["x"]))
+    _, ds = traced(tiny, dp.Probe(record=["x"], layers="all"))
     for axis in ("frame", "y", "x"):
         assert tuple(ds[f"patch_{axis}"].values) == getattr(tiny.grid, axis)
+
+
+# --- Guidance: the same oracles on what a guided pipeline call gives its transformer.
+
+
+@pytest.fixture(params=testing.pipeline_cases(), ids=lambda case: "-".join(case))
+def pipe(request, pipelines):
+    return pipelines(*request.param)
+
+
+def guided(pipe, branch="both", **probe):
+    """A guided call traced with as many random concepts as the prompt has tokens, and the transformer's inputs."""
+    calls = []
+    model = pipe.transformer
+
+    def remember(module, args, kwargs):
+        calls.append(arguments_of(module, args, kwargs))
+
+    handle = model.register_forward_pre_hook(remember, with_kwargs=True)
+    generate(pipe, steps=1, **anatomy.find(pipe).guided_call)
+    handle.remove()
+    prompt = anatomy.find(pipe).prompt_embeddings(calls[0])
+    concepts = torch.randn(prompt.shape[1:], generator=torch.Generator().manual_seed(1))
+    words = [f"concept {index}" for index in range(concepts.shape[0])]
+    with dp.trace(pipe, dp.Probe(words, **probe), concepts=concepts, branch=branch, progress=False) as run:
+        generate(pipe, steps=1, **anatomy.find(pipe).guided_call)
+    return calls, concepts, run.dataset.load()
+
+
+def test_replaying_the_prompt_gives_the_prompt_under_guidance(pipe):
+    rows = []
+    with testing.watched(pipe, lambda call, output: rows.append(len(call.x))):
+        differences = testing.replay_differences(
+            pipe.transformer, lambda: generate(pipe, steps=1, **anatomy.find(pipe).guided_call)
+        )
+    blocks = anatomy.find(pipe).blocks(pipe.transformer)
+    assert sorted(differences) == [block.layer for block in blocks]
+    assert sum(rows) == 2 * len(blocks)  # both halves, one after the other or side by side
+
+
+def test_concept_stream_equals_the_model_run_on_concepts_under_guidance(pipe):
+    calls, concepts, ds = guided(pipe, record=["o_c", "c"])
+    orders = [["uncond", "cond"]] if len(calls) == 1 else [["cond"], ["uncond"]]
+    for arguments, branches in zip(calls, orders, strict=True):
+        expected = testing.clamped(pipe.transformer, arguments, concepts.expand(len(branches), -1, -1))
+        for layer in ds.layer.values:
+            for name, value in expected[layer].items():
+                close(ds[name].sel(layer=layer, branch=branches).isel(step=0, sample=0), numpy(value))
+
+
+def test_equation_4_holds_in_both_branches(pipe):
+    _, _, ds = guided(pipe, record=[*VECTORS])
+    k, v = (np.concatenate([ds[f"{letter}_x"], ds[f"{letter}_c"]], axis=4) for letter in "kv")
+    close(ds.o_c, testing.attention_from_store(ds.q_c, k, v))
+    assert not np.array_equal(ds.o_x.sel(branch="cond"), ds.o_x.sel(branch="uncond"))
 
 
 # --- Mutation checks: an oracle that cannot fail proves nothing.
@@ -279,7 +359,7 @@ def test_a_wrong_anatomy_differs_from_the_clamped_model(case, change, monkeypatc
         return
     expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(2, -1, -1))
     mutate(monkeypatch, tiny, change)
-    _, ds = traced(tiny, dp.Probe(names(tiny), record=["o_c", "c"]), verify=None)
+    _, ds = traced(tiny, everywhere(tiny, record=["o_c", "c"]), verify=None)
     value = numpy(expected[1]["c"])
     off = np.abs(ds.c.sel(layer=1).isel(step=0).values - value).max() / np.abs(value).max()
     assert off > 100 * limit(torch.float32)
@@ -289,5 +369,5 @@ def test_trace_refuses_a_model_that_its_anatomy_does_not_describe(case, monkeypa
     tiny = testing.tiny_model(*case)
     mutate(monkeypatch, tiny, NoOutputProjection)
     with pytest.raises(ReplayError, match="does not describe this model"):
-        traced(tiny, dp.Probe(names(tiny), record=["o_c"], layers=[1]))
+        traced(tiny, everywhere(tiny, record=["o_c"]))
     assert testing.leftovers(tiny.transformer) == []

@@ -69,6 +69,8 @@ class Anatomy:
             calls that it does not name (`cache_context`).
         variants: names of the configurations that `tiny` offers.
         pipeline_variants: those that `tiny_pipeline` offers.
+        tiny_call: arguments of a small call of `tiny_pipeline`'s pipeline, sizes above all.
+        guided_call: arguments that turn classifier-free guidance on, where it is not on by itself.
     """
 
     family: str
@@ -88,6 +90,8 @@ class Anatomy:
     unlabelled_calls: tuple[str, ...] = ("cond",)
     variants: tuple[str, ...] = ()
     pipeline_variants: tuple[str, ...] = ()
+    tiny_call: Mapping[str, Any] = {}
+    guided_call: Mapping[str, Any] = {}
 
     # --- where things are
 
@@ -135,9 +139,13 @@ class Anatomy:
         """Positions of the image tokens."""
         raise NotImplementedError
 
+    def prompt_embeddings(self, arguments: Mapping[str, Any]) -> Tensor:
+        """The prompt as it comes from the text encoder, (row, token, text width); concepts come in the same form."""
+        return arguments["encoder_hidden_states"]
+
     def prompt_tokens(self, model: Any, arguments: Mapping[str, Any]) -> int:
         """Length of the prompt stream."""
-        return arguments["encoder_hidden_states"].shape[1]
+        return self.prompt_embeddings(arguments).shape[1]
 
     def places(self, model: Any, arguments: Mapping[str, Any]) -> Places:
         """Where image and prompt stand in the joint sequence."""

@@ -49,6 +49,7 @@ class CogVideoX(Anatomy):
     heads_first = True
     variants = ("2b", "5b", "1.5")
     pipeline_variants = ("2b", "5b")
+    tiny_call = {"height": 32, "width": 48, "num_frames": 9, "max_sequence_length": 226}
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         if arguments.get("image_rotary_emb") is None:

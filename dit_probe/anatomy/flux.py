@@ -26,6 +26,8 @@ class Flux(Anatomy):
     timestep_scale = 1000.0
     variants = ("schnell", "dev")
     pipeline_variants = ("schnell",)
+    tiny_call = {"height": 16, "width": 24, "max_sequence_length": 16}
+    guided_call = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
 
     def text_rotary(self, block: Block, arguments: Mapping[str, Any], places: Places, at: slice) -> Rotary:
         return interleaved(arguments["image_rotary_emb"], places.in_joint(at))

@@ -29,6 +29,7 @@ class SD3(Anatomy):
     encoder = ("tokenizer_3", "text_encoder_3")
     variants = ("sd3", "sd3.5-large", "sd3.5-medium")
     pipeline_variants = ("sd3", "sd3.5-medium")
+    tiny_call = {"height": 16, "width": 16, "max_sequence_length": 16}
 
     def refuse(self, model: Any) -> str | None:
         attention = model.transformer_blocks[0].attn
