@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe import stream
-from dit_probe.anatomy import Block, Places, families, find, transformer_of
+from dit_probe.anatomy import Anatomy, Block, Places, families, find, transformer_of
 from dit_probe.anatomy.base import TinyModel
 from dit_probe.anatomy.block import arguments_of
 from dit_probe.attention import AttentionTap
@@ -33,7 +33,7 @@ def cases() -> list[tuple[str, str]]:
         >>> ("flux", "dev") in cases()
         True
     """
-    return [(name, variant) for name, anatomy in sorted(families().items()) for variant in anatomy.variants]
+    return [(name, variant) for name, anatomy in _installed() for variant in anatomy.variants]
 
 
 def pipeline_cases() -> list[tuple[str, str]]:
@@ -43,7 +43,18 @@ def pipeline_cases() -> list[tuple[str, str]]:
         >>> ("sd3", "sd3.5-medium") in pipeline_cases()
         True
     """
-    return [(name, variant) for name, anatomy in sorted(families().items()) for variant in anatomy.pipeline_variants]
+    return [(name, variant) for name, anatomy in _installed() for variant in anatomy.pipeline_variants]
+
+
+def _installed() -> list[tuple[str, Anatomy]]:
+    """Families whose models the installed diffusers has, or that bring their own."""
+    import diffusers
+
+    return [
+        (name, anatomy)
+        for name, anatomy in sorted(families().items())
+        if not type(anatomy).__module__.startswith("dit_probe.") or any(hasattr(diffusers, c) for c in anatomy.classes)
+    ]
 
 
 @torch.no_grad()
