@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dit_probe.probe import Observation, Probe
     from dit_probe.store import open
     from dit_probe.tracing import trace
+    from dit_probe.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "store",
     "testing",
     "trace",
+    "verify",
 ]
 
 _NAMES = {
@@ -43,6 +45,7 @@ _NAMES = {
     "encode": "encoding",
     "open": "store",
     "trace": "tracing",
+    "verify": "verification",
 }
 
 

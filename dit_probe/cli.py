@@ -192,6 +192,48 @@ def plan(
 
 
 @app.command()
+def verify(
+    model: Model,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference that passes; by the dtype if not given.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+) -> None:
+    """Check, on a model's own weights, that what is traced is what it computes; ends with 1 if it is not."""
+    import dit_probe as dp
+    from dit_probe.loading import load_pipeline
+
+    pipe = load_pipeline(model, device, dtype, offload)
+    pipe.set_progress_bar_config(disable=True)
+    found = dp.verify(pipe, tolerance=tolerance, **_arguments(None, height, width, frames))
+    typer.echo(str(found))
+    if not found.ok:
+        for failure in found.failures:
+            typer.echo(failure, err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """List the model families that can be traced, what is recorded of them, and how far each is checked."""
+    from dit_probe.anatomy import coverage, families
+
+    table = Table("family", "models", "blocks", "recorded", "checks, and their worst difference", "diffusers")
+    for name, anatomy in sorted(families().items()):
+        checked = coverage.of(name)
+        concepts = "x p c" if "joint" in checked.kinds else "x p, c by extension"
+        worst = f"{len(checked.maxima)}: {max(checked.maxima.values()):.1e}" if checked.maxima else "not measured"
+        kinds, versions = " ".join(checked.kinds), ", ".join(checked.versions)
+        table.add_row(name, "\n".join(anatomy.classes), kinds, f"q k v o of {concepts}", worst, versions)
+    _console().print(table)
+
+
+@app.command()
 def probes() -> None:
     """List the probes that are installed, other packages' included."""
     table = Table("probe", "what it does", "from")

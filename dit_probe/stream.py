@@ -97,7 +97,7 @@ def advance(
     else:
         parts = {"concepts": (whole.k, whole.v), "image": (k_x, v_x)}
         keys, values = zip(*(part for name, part in parts.items() if attends in ("both", name)), strict=True)
-        mask = _concept_mask(call, rows, concepts, attends)
+        mask = concept_mask(call, rows, concepts, attends)
         o = attend(whole.q, torch.cat(keys, 1), torch.cat(values, 1), scale=attention.scale, mask=mask)
     if not call.block.text_output:
         return Step(whole, o, None)
@@ -125,19 +125,24 @@ def replay(anatomy: Anatomy, call: BlockCall) -> Step:
     return Step(projection, o, after)
 
 
+def replay_differences(call: BlockCall, step: Step, p_after: Tensor | None) -> dict[str, float]:
+    """Largest differences of a replay from the model, ``o_p`` and ``p``, relative to each one's largest value."""
+    pairs = {"o_p": (step.o, call.places.split(call.attention.o)[1])}
+    if step.c is not None and p_after is not None:
+        pairs["p"] = (step.c, p_after)
+    return {
+        name: float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+        for name, (got, expected) in pairs.items()
+    }
+
+
 def check_replay(anatomy: Anatomy, call: BlockCall, step: Step, p_after: Tensor | None) -> dict[str, float]:
-    """Largest differences of a replay from the model, relative to the stream's largest value.
+    """`replay_differences`, refused when they are large.
 
     Raises:
         ReplayError: one of them is beyond what the precision explains.
     """
-    pairs = {"o_p": (step.o, call.places.split(call.attention.o)[1])}
-    if step.c is not None and p_after is not None:
-        pairs["p"] = (step.c, p_after)
-    differences = {
-        name: float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
-        for name, (got, expected) in pairs.items()
-    }
+    differences = replay_differences(call, step, p_after)
     limit = tolerance(call.p.dtype)
     # Written so that NaN fails.
     wrong = [f"{name} by {value:.2g}" for name, value in differences.items() if not value <= limit]
@@ -168,7 +173,7 @@ def _rows(modulation: Modulation, rows: slice) -> Modulation:
     return modulation if len(modulation) == 1 else modulation[rows]
 
 
-def _concept_mask(call: BlockCall, rows: slice, concepts: int, attends: str) -> Tensor | None:
+def concept_mask(call: BlockCall, rows: slice, concepts: int, attends: str) -> Tensor | None:
     """The mask that the prompt's first token saw on image keys; on concept keys, what it saw on its own.
 
     Raises:

@@ -189,7 +189,9 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: Any) -> dict[int, dict[str, Tensor]]:
+def clamped(
+    model: Any, inputs: Mapping[str, Any], concepts: Tensor, c: Mapping[int, Tensor] | None = None, **changed: Any
+) -> dict[int, dict[str, Tensor]]:
     """What the model itself makes of concepts: run on them as its prompt, with the image stream put back.
 
     Every concept enters the first block as the model itself makes it of a prompt that is nothing but this concept.
@@ -198,6 +200,8 @@ def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: 
         model: the transformer.
         inputs: arguments of one call, by name.
         concepts: (row, concept, text width).
+        c: layer to the concepts after it (row, concept, width), put back before the next layer, so that every layer
+            is compared by itself and no rounding adds up; None lets the model's own go on.
         **changed: arguments that differ in the run on concepts, such as ``pooled_projections``.
 
     Returns:
@@ -225,7 +229,13 @@ def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: 
 
     def put_back(block: Block, arguments: Mapping[str, Any], places: Places) -> dict[str, Any]:
         x, arguments_before = recorded[block.layer]
-        p = torch.cat(first, dim=1) if block.layer == 0 else anatomy.streams(block, arguments, places)[1]
+        before = None if c is None else c.get(block.layer - 1)
+        if block.layer == 0:
+            p = torch.cat(first, dim=1)
+        elif before is None:
+            p = anatomy.streams(block, arguments, places)[1]
+        else:
+            p = anatomy.feed(model, block, before, concepts)
         changed = anatomy.with_streams(block, arguments, x, p, places)
         return anatomy.clamp(block, changed, arguments_before)
 
@@ -242,8 +252,12 @@ def clamped(model: Any, inputs: Mapping[str, Any], concepts: Tensor, **changed: 
     return layers
 
 
-def attention_from_store(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """softmax(q k^T / sqrt(d)) v in float64, for arrays (…, token, head, head_dim): eqs. (4) and (5).
+def attention_from_store(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, scale: float | None = None
+) -> np.ndarray:
+    """softmax(q k^T scale + bias) v in float64, for arrays (…, token, head, head_dim): eqs. (4) and (5).
+
+    `scale` is 1 / sqrt(d) if not given; `bias`, broadcastable to (…, head, query, key), is a mask's.
 
     Example:
         >>> one = np.ones((1, 1, 2))
@@ -251,7 +265,8 @@ def attention_from_store(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndar
         [[[3.0, 3.0]]]
     """
     q, k, v = (np.asarray(part, dtype=np.float64) for part in (q, k, v))
-    logits = np.einsum("...qhd,...khd->...hqk", q, k) / np.sqrt(q.shape[-1])
+    logits = np.einsum("...qhd,...khd->...hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits += 0 if bias is None else bias
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("...hqk,...khd->...qhd", weights, v)

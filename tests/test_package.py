@@ -24,13 +24,13 @@ FLOW = (
     ("concepts", "stream", "probe", "planning"),
     ("pipelines", "guidance", "hooks", "transfer"),
     ("store",),
-    ("recording", "tracing", "edit", "encoding", "verify"),
+    ("recording", "tracing", "edit", "encoding"),
     ("selection",),
     ("maps",),
     ("metrics", "statistics"),
     ("panels", "figures"),
     ("report",),
-    ("datasets", "demo", "loading", "evaluate", "explore", "interop", "testing", "cli"),
+    ("datasets", "demo", "loading", "evaluate", "explore", "interop", "testing", "verification", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 OFFLINE = ("selection", "maps", "metrics", "statistics", "panels", "figures", "report")

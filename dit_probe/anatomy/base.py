@@ -256,6 +256,10 @@ class Anatomy:
         joint[:, places.image], joint[:, places.prompt] = x, p
         return {**arguments, "hidden_states": joint}
 
+    def clamped_concepts(self, model: Any) -> int:
+        """How many concepts the model takes as its prompt; fewer than a prompt's tokens where it lets us choose."""
+        return 3
+
     def clamp(self, block: Block, arguments: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """A block call of the model's run on concepts, put right for the comparison with the concept stream.
 

@@ -100,6 +100,10 @@ class CogVideoX(Anatomy):
             latents, draw_noise(latents, seed), {"encoder_hidden_states": embeds, "image_rotary_emb": rotary}
         )
 
+    def clamped_concepts(self, model: Any) -> int:
+        # The position table of 2B has room for exactly this many text tokens.
+        return 3 if model.config.use_rotary_positional_embeddings else model.config.max_text_seq_length
+
     def tiny(self, variant: str, batch: int) -> TinyModel:
         frames, height, width = (4 if variant == "1.5" else 3), 4, 6
         model = _transformer(variant, text_width=32, text_tokens=5, frames=9, height=height, width=width)
@@ -112,8 +116,7 @@ class CogVideoX(Anatomy):
         if variant != "2b":
             angles = torch.rand(len(grid), 8).mul(6).repeat_interleave(2, dim=-1)
             inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
-        # 2B's position table has room for exactly max_text_seq_length text tokens, in the clamped oracle too.
-        return TinyModel(model, inputs, grid, concepts=torch.randn(5 if variant == "2b" else 3, 32))
+        return TinyModel(model, inputs, grid, concepts=torch.randn(self.clamped_concepts(model), 32))
 
     def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
         from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline

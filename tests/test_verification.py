@@ -1,0 +1,137 @@
+"""`verify` on models that are right, wrong, and changed by their users; the table of models."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dit_probe as dp
+from dit_probe import anatomy, cli, testing, verification
+from dit_probe.anatomy import coverage
+from dit_probe.errors import ModelError
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = sorted({family for family, _ in testing.cases()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_check_holds_in_every_layer(family, dtype):
+    tiny = testing.tiny_model(family, dtype=dtype)
+    found = dp.verify(tiny.transformer, inputs=tiny.inputs, concepts=tiny.concepts)
+    assert found.ok, str(found)
+    blocks = anatomy.find(tiny.transformer).blocks(tiny.transformer)
+    assert [layer.path for layer in found.layers] == [block.path for block in blocks]
+    for layer, block in zip(found.layers, blocks, strict=True):
+        streams = {"replay_p", "clamped_c"} if block.text_output else set()
+        assert layer.differences.keys() == {"replay_o", "clamped_o", "equation"} | streams
+    assert testing.leftovers(tiny.transformer) == []
+
+
+def test_a_pipeline_is_checked_on_its_own_prompt(pipelines):
+    pipe = pipelines("sd3")
+    found = dp.verify(pipe, height=16, width=16, prompt="a sun")
+    assert found.ok
+    table = str(found)
+    assert "every check holds" in table and table.count(" ok") == len(found.layers)
+    assert testing.leftovers(pipe) == []
+
+
+def test_a_wrong_anatomy_is_shown_layer_by_layer(monkeypatch):
+    tiny = testing.tiny_model("flux")
+    family = type(anatomy.find(tiny.transformer))
+    blocks = family.blocks
+
+    class NoOutput(type(blocks(family(), tiny.transformer)[0].text)):
+        def update(self, c, o, projection, context):
+            return super().update(c, torch.zeros_like(o), projection, context)
+
+    def one_wrong(self, model):
+        right = blocks(self, model)
+        return (*right[:1], dataclasses.replace(right[1], text=NoOutput(clips_half=True)), *right[2:])
+
+    monkeypatch.setattr(family, "blocks", one_wrong)
+    found = dp.verify(tiny.transformer, inputs=tiny.inputs)
+    assert not found.ok
+    assert {failure.split(":")[0] for failure in found.failures} == {"transformer_blocks.1"}
+    assert str(found).count("WRONG") == 1
+
+
+def test_nan_is_a_failure():
+    layer = verification.Layer(0, "joint", "blocks.0", {"replay_o": float("nan")})
+    found = verification.Verification("flux", "Model", "float32", 1e-5, True, (layer,))
+    assert not found.ok and "WRONG" in str(found)
+
+
+def test_output_that_changes_is_a_failure():
+    layer = verification.Layer(0, "joint", "blocks.0", {"replay_o": 0.0})
+    found = verification.Verification("flux", "Model", "float32", 1e-5, False, (layer,))
+    assert found.failures == ["the output differs when it is traced"]
+
+
+def test_a_bare_transformer_needs_inputs():
+    with pytest.raises(ModelError, match="inputs of one forward"):
+        dp.verify(testing.tiny_model("flux").transformer)
+
+
+def test_lora(pipelines):
+    peft = pytest.importorskip("peft")
+    pipe = testing.tiny_pipeline("flux")
+    targets = ["add_q_proj", "to_q", "to_add_out", "to_out.0", "ff_context.net.2", "proj_out"]
+    pipe.transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    assert dp.verify(pipe, height=16, width=16).ok
+
+
+def test_weights_stored_in_eight_bits():
+    pipe = testing.tiny_pipeline("flux")
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert dp.verify(pipe, height=16, width=16, tolerance=1e-5).ok
+
+
+# --- from a shell
+
+
+def test_verify_from_a_shell():
+    result = CliRunner().invoke(cli.app, ["verify", "flux-picturebook", "--height", "64", "--width", "64"])
+    assert result.exit_code == 0, result.output
+    assert "every check holds" in result.output and "transformer_blocks.5" in result.output
+    strict = ["verify", "flux-picturebook", "--height", "64", "--width", "64", "--tolerance", "1e-12"]
+    result = CliRunner().invoke(cli.app, strict)
+    assert result.exit_code == 1
+    assert "differs by" in result.output
+
+
+def test_models_from_a_shell():
+    result = CliRunner().invoke(cli.app, ["models"])
+    assert result.exit_code == 0
+    for family, found in anatomy.families().items():
+        assert family in result.output
+        assert all(name in result.output for name in found.classes)
+
+
+# --- the table of models
+
+
+def conformance():
+    spec = importlib.util.spec_from_file_location("conformance", ROOT / "benchmarks" / "conformance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_measured_covers_every_variant(family):
+    found = coverage.of(family)
+    assert list(found.variants) == [variant for name, variant in testing.cases() if name == family]
+    assert all(value <= 1e-5 for value in found.maxima.values())
+
+
+def test_the_page_shows_what_was_measured():
+    table = conformance().markdown(coverage._read())
+    assert (ROOT / "docs" / "models.md").read_text().endswith(table)
+    if diffusers.__version__ == "0.42.1":
+        assert set(coverage._read()) == set(FAMILIES)
