@@ -292,7 +292,7 @@ def _probe(words: list[str], keep: Keep) -> Any:
     return concept_attention(words)
 
 
-def _arguments(steps: int | None, height: int | None, width: int | None, frames: int | None) -> dict[str, int]:
+def _arguments(steps: int | None, height: int | None, width: int | None, frames: int | None) -> dict[str, Any]:
     given = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -41,5 +41,9 @@ class ConceptWarning(UserWarning):
     """A concept splits into several tokens and only the first is used."""
 
 
+class ModelWarning(UserWarning):
+    """A model is of no known family, and what it is taken for rests on a guess that was checked."""
+
+
 class IncompleteWarning(UserWarning):
     """A store holds samples whose recording was cut short."""

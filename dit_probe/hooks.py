@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from dit_probe import schema, stream
 from dit_probe.anatomy import Anatomy, Block, Places
 from dit_probe.anatomy.block import arguments_of
+from dit_probe.anatomy.structural import Structural
 from dit_probe.attention import AttentionTap
-from dit_probe.errors import TraceError
+from dit_probe.errors import ProbeError, TraceError
 from dit_probe.probe import Combination, Observation
+from dit_probe.rehearsal import clamped_calls, settle
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Hooks:
         self._start, self._write = start, write
         self._handles: list[Any] = []
         self._tap = AttentionTap()
-        self._busy = False
+        self._busy = self._settled = False
         self._reset()
 
     def _reset(self) -> None:
@@ -99,6 +101,7 @@ class Hooks:
         self._unrotated: dict[str, Tensor] = {}
         self._norm_handles: list[Any] = []
         self._replayed: tuple[stream.BlockCall, stream.Step] | None = None
+        self._waiting: list[tuple[stream.BlockCall, dict[str, Tensor]]] = []
 
     def attach(self) -> None:
         """Register every hook."""
@@ -110,11 +113,33 @@ class Hooks:
             keep(block.attention.register_forward_pre_hook(self._before_attention(block)))
             keep(block.attention.register_forward_hook(self._after_attention(block), always_call=True))
             keep(block.module.register_forward_hook(self._after_block(block)))
-        if self._probes.stream is not None:
-            keep(anatomy.entry(model).register_forward_hook(self._after_entry))
-            conditioner = anatomy.conditioner(model)
-            if conditioner is not None and self._probes.stream.pooled != "prompt":
-                keep(conditioner.register_forward_hook(self._after_conditioner, with_kwargs=True))
+        if not isinstance(anatomy, Structural):
+            self._attach_stream()
+
+    def _attach_stream(self) -> None:
+        settings, anatomy, model, keep = self._probes.stream, self._anatomy, self._model, self._handles.append
+        if settings is None or not anatomy.fast:
+            return
+        keep(anatomy.entry(model).register_forward_hook(self._after_entry))
+        conditioner = anatomy.conditioner(model)
+        if conditioner is not None and settings.pooled != "prompt":
+            keep(conditioner.register_forward_hook(self._after_conditioner, with_kwargs=True))
+
+    def settle(self, arguments: Mapping[str, Any]) -> Anatomy:
+        """Find out what a model of no known family is, once, by the arguments of its call."""
+        if isinstance(self._anatomy, Structural) and not self._settled:
+            with self._quietly():
+                if not self._anatomy.settled:
+                    self._anatomy = settle(self._anatomy, self._model, arguments)
+            self._settled = True
+            self._attach_stream()
+            settings = self._probes.stream
+            if settings is not None and settings.attends != "both" and not self._anatomy.fast:
+                raise ProbeError(
+                    f"attends={settings.attends!r}: {type(self._model).__name__} is of no known family, and what the "
+                    "model itself makes of concepts attends to both. Use attends='both'"
+                )
+        return self._anatomy
 
     def detach(self) -> None:
         """Remove every hook and close the tap, whatever state an exception left them in."""
@@ -131,9 +156,12 @@ class Hooks:
         self._forward = self._start(arguments_of(module, args, kwargs))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward = self._forward
+        forward, waiting = self._forward, self._waiting
         if self._busy or forward is None:
             return
+        if waiting:
+            with self._quietly():
+                self._run_clamped(forward, waiting)
         self._reset()
         missed = sorted(forward.layers - forward.seen)
         if missed:
@@ -232,28 +260,55 @@ class Hooks:
         return hook
 
     def _record(self, block: Block) -> None:
-        forward, anatomy, wanted = self._forward, self._anatomy, self._wanted(block)
+        forward, anatomy = self._forward, self._anatomy
         assert forward is not None
         call = stream.BlockCall.read(anatomy, block, self._arguments, self._tap.calls, forward.places)
         forward.seen.add(block.layer)
         if block.layer in forward.verify:
             self._replayed = call, stream.replay(anatomy, call)
         whole = self._image_and_prompt(call)
-        settings = self._probes.stream
+        if forward.embeddings is not None and not anatomy.fast:
+            self._waiting.append((call, whole))
+            return
         for branch, rows in forward.branches.items():
             seen = {name: tensor[rows] for name, tensor in whole.items()}
-            if settings is not None and branch in forward.c and block.layer <= forward.through:
-                c, temb = self._feed(block, branch), forward.temb.get(branch)
-                step = stream.advance(anatomy, call, c, rows=rows, temb=temb, attends=settings.attends)
-                seen |= {"q_c": step.projection.q, "k_c": step.projection.k, "v_c": step.projection.v, "o_c": step.o}
-                seen |= {"q_c_unrotated": step.projection.q_unrotated, "k_c_unrotated": step.projection.k_unrotated}
-                if step.c is not None:
-                    seen["c"] = forward.c[branch] = step.c
-            for name in wanted & seen.keys():
-                self._write(name, seen[name], forward.step, block.layer, branch)
-            for name in wanted & schema.SCORE_SOURCES.keys():
-                self._write(name, score(name, seen), forward.step, block.layer, branch)
-            self._observe(call, forward, branch, seen)
+            self._keep(call, branch, seen | self._advance(call, branch, rows))
+
+    def _advance(self, call: stream.BlockCall, branch: str, rows: slice) -> dict[str, Tensor]:
+        """Take the concepts of a branch through the block."""
+        forward, settings = self._forward, self._probes.stream
+        assert forward is not None
+        if settings is None or branch not in forward.c or call.block.layer > forward.through:
+            return {}
+        c, temb = self._feed(call.block, branch), forward.temb.get(branch)
+        step = stream.advance(self._anatomy, call, c, rows=rows, temb=temb, attends=settings.attends)
+        seen = {"q_c": step.projection.q, "k_c": step.projection.k, "v_c": step.projection.v, "o_c": step.o}
+        seen |= {"q_c_unrotated": step.projection.q_unrotated, "k_c_unrotated": step.projection.k_unrotated}
+        if step.c is not None:
+            seen["c"] = forward.c[branch] = step.c
+        return seen
+
+    def _run_clamped(self, forward: Forward, waiting: list[tuple[stream.BlockCall, dict[str, Tensor]]]) -> None:
+        """The concepts of all blocks at once, by the model itself, where the text side is not described."""
+        assert forward.embeddings is not None
+        rows = self._anatomy.rows(forward.arguments)
+        concepts = forward.embeddings.to(waiting[0][0].p).expand(rows, -1, -1)
+        found = clamped_calls(self._anatomy, self._model, forward.arguments, concepts)
+        for call, whole in waiting:
+            made, c = found[call.block.layer]
+            whole |= {f"{letter}_c": made.places.split(getattr(made.attention, letter))[1] for letter in "qkvo"}
+            whole |= {} if c is None else {"c": c}
+            for branch, mine in forward.branches.items():
+                self._keep(call, branch, {name: tensor[mine] for name, tensor in whole.items()})
+
+    def _keep(self, call: stream.BlockCall, branch: str, seen: dict[str, Tensor]) -> None:
+        forward, wanted = self._forward, self._wanted(call.block)
+        assert forward is not None
+        for name in wanted & seen.keys():
+            self._write(name, seen[name], forward.step, call.block.layer, branch)
+        for name in wanted & schema.SCORE_SOURCES.keys():
+            self._write(name, score(name, seen), forward.step, call.block.layer, branch)
+        self._observe(call, forward, branch, seen)
 
     def _feed(self, block: Block, branch: str) -> Tensor:
         forward = self._forward

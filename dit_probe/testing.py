@@ -11,7 +11,7 @@ Three oracles, none of which knows what a family file says about its blocks:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_probe import stream
-from dit_probe.anatomy import Anatomy, Block, Places, families, find, transformer_of
+from dit_probe import rehearsal, stream
+from dit_probe.anatomy import Anatomy, families, find, transformer_of
 from dit_probe.anatomy.base import TinyModel
-from dit_probe.anatomy.block import arguments_of
-from dit_probe.attention import AttentionTap
 
 
 def cases() -> list[tuple[str, str]]:
@@ -184,72 +182,26 @@ def replay_differences(model: Any, call: Callable[[], object]) -> dict[int, dict
     return found
 
 
-class _Stop(Exception):
-    """Nothing after this block matters."""
+def watched(model: Any, see: Callable[[stream.BlockCall, Any], object]) -> contextlib.AbstractContextManager[None]:
+    """Call `see` with every block's call and output while inside; see `dit_probe.rehearsal.watched`."""
+    return rehearsal.watched(find(model), transformer_of(model), see)
 
 
 @torch.no_grad()
 def clamped(
     model: Any, inputs: Mapping[str, Any], concepts: Tensor, c: Mapping[int, Tensor] | None = None, **changed: Any
 ) -> dict[int, dict[str, Tensor]]:
-    """What the model itself makes of concepts: run on them as its prompt, with the image stream put back.
-
-    Every concept enters the first block as the model itself makes it of a prompt that is nothing but this concept.
-
-    Args:
-        model: the transformer.
-        inputs: arguments of one call, by name.
-        concepts: (row, concept, text width).
-        c: layer to the concepts after it (row, concept, width), put back before the next layer, so that every layer
-            is compared by itself and no rounding adds up; None lets the model's own go on.
-        **changed: arguments that differ in the run on concepts, such as ``pooled_projections``.
+    """What the model itself makes of concepts; see `dit_probe.rehearsal.clamped_calls`.
 
     Returns:
         Layer to ``o_c`` (row, concept, head, head_dim) and, where the block has a text output, ``c``
         (row, concept, width).
     """
-    anatomy, count = find(model), concepts.shape[1]
-    blocks = anatomy.blocks(model)
-    recorded: dict[int, tuple[Tensor, Mapping[str, Any]]] = {}
-    with watched(model, lambda call, _: recorded.setdefault(call.block.layer, (call.x, call.arguments))):
-        model(**inputs)
-
-    def run(text: Tensor, see: Callable[[stream.BlockCall, Any], None], **options: Any) -> None:
-        with contextlib.suppress(_Stop), watched(model, see, **options):
-            model(**{**anatomy.with_prompt(inputs, text), **changed})
-
-    first: list[Tensor] = []
-
-    def enter(call: stream.BlockCall, output: Any) -> None:
-        first.append(call.p[:, :1])
-        raise _Stop
-
-    for index in range(count):
-        run(concepts[:, index : index + 1].expand(-1, count, -1), enter)
-
-    def put_back(block: Block, arguments: Mapping[str, Any], places: Places) -> dict[str, Any]:
-        x, arguments_before = recorded[block.layer]
-        before = None if c is None else c.get(block.layer - 1)
-        if block.layer == 0:
-            p = torch.cat(first, dim=1)
-        elif before is None:
-            p = anatomy.streams(block, arguments, places)[1]
-        else:
-            p = anatomy.feed(model, block, before, concepts)
-        changed = anatomy.with_streams(block, arguments, x, p, places)
-        return anatomy.clamp(block, changed, arguments_before)
-
-    layers: dict[int, dict[str, Tensor]] = {}
-
-    def keep(call: stream.BlockCall, output: Any) -> None:
-        c = anatomy.outputs(call.block, output, call.places)[1]
-        o = call.places.split(call.attention.o)[1]
-        layers[call.block.layer] = {"o_c": o} if c is None or not call.block.text_output else {"o_c": o, "c": c}
-        if call.block is blocks[-1]:
-            raise _Stop
-
-    run(concepts, keep, change=put_back)
-    return layers
+    found = rehearsal.clamped_calls(find(model), model, inputs, concepts, c, **changed)
+    return {
+        layer: {"o_c": call.places.split(call.attention.o)[1]} | ({} if after is None else {"c": after})
+        for layer, (call, after) in found.items()
+    }
 
 
 def attention_from_store(
@@ -292,59 +244,6 @@ def leftovers(pipe: Any) -> list[str]:
 
     wrapped = [name for name, f in _AttentionBackendRegistry._backends.items() if f.__module__.startswith("dit_probe")]
     return found + [f"attention backend {name}" for name in wrapped]
-
-
-@contextlib.contextmanager
-def watched(
-    model: Any,
-    see: Callable[[stream.BlockCall, Any], object],
-    change: Callable[[Block, Mapping[str, Any], Places], dict[str, Any]] | None = None,
-) -> Iterator[None]:
-    """Call `see` with every block's call and output while inside; hooks of its own, apart from `trace`'s.
-
-    Args:
-        model: a pipeline or transformer.
-        see: called after every block.
-        change: replaces the arguments of a block's call; the text stream then holds nothing but the prompt's tokens.
-    """
-    anatomy, transformer = find(model), transformer_of(model)
-    blocks = anatomy.blocks(transformer)
-    tap = AttentionTap()
-    now: dict[str, Any] = {}
-    handles: list[Any] = []
-
-    def start(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = arguments_of(module, args, kwargs)
-        now["places"] = anatomy.places(transformer, arguments)
-        if change is not None and blocks[0].kind == "joint":
-            image, prompt = len(anatomy.grid(transformer, arguments)), now["places"].prompt_tokens
-            now["places"] = Places.of(image, prompt, text_first=anatomy.text_first)
-
-    def hooks(block: Block) -> None:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            now["arguments"] = block.bind(args, kwargs)
-            if change is None:
-                return None
-            now["arguments"] = change(block, now["arguments"], now["places"])
-            return (), now["arguments"]
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            see(stream.BlockCall.read(anatomy, block, now["arguments"], tap.calls, now["places"]), output)
-
-        handles.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(block.attention.register_forward_pre_hook(lambda module, args: tap.open()))
-        handles.append(block.attention.register_forward_hook(lambda module, args, out: tap.close(), always_call=True))
-        handles.append(block.module.register_forward_hook(after))
-
-    handles.append(transformer.register_forward_pre_hook(start, with_kwargs=True))
-    for block in blocks:
-        hooks(block)
-    try:
-        yield
-    finally:
-        tap.close()
-        for handle in handles:
-            handle.remove()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

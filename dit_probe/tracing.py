@@ -239,6 +239,7 @@ class Run:
     def _start_forward(self, arguments: dict[str, Any]) -> Forward | None:
         if arguments.get("skip_layers") is not None:
             return None  # skip-layer guidance: a second, truncated pass that is neither branch
+        self._anatomy = self._hooks.settle(arguments)
         rows = self._anatomy.rows(arguments)
         generation = self._generation
         if generation is None:
@@ -273,7 +274,8 @@ class Run:
         if not chosen or not (wanted or not self._verified):
             return None
         blocks = self._anatomy.blocks(self._model)
-        verify = planning.to_verify(writer.layout, blocks) if not self._verified else frozenset()
+        known = self._anatomy.fast and not self._verified
+        verify = planning.to_verify(writer.layout, blocks) if known else frozenset()
         self._verified = True
         embeddings = generation.embeddings if self._needs_stream(wanted) else None
         return Forward(

@@ -14,8 +14,10 @@ from torch import Tensor
 from dit_probe import stream, testing
 from dit_probe.anatomy import Anatomy, find, transformer_of
 from dit_probe.anatomy.block import arguments_of
+from dit_probe.anatomy.structural import Structural
 from dit_probe.errors import ModelError
 from dit_probe.probe import Probe
+from dit_probe.rehearsal import settle
 from dit_probe.tracing import trace
 
 CHECKS = {
@@ -148,6 +150,13 @@ def verify(
         if transformer is model:
             raise ModelError("verify needs the pipeline, or the inputs of one forward: verify(transformer, inputs={…})")
         inputs = _first_forward(model, prompt, call)
+    if isinstance(anatomy, Structural):
+        anatomy = anatomy if anatomy.settled else settle(anatomy, transformer, inputs)
+        if not anatomy.fast:
+            raise ModelError(
+                f"{type(transformer).__name__} is of no known family, and concepts are found by running the model "
+                "itself on them: there is no concept code of ours to verify"
+            )
     if concepts is None:
         prompt_embeddings = anatomy.prompt_embeddings(inputs)
         concepts = prompt_embeddings[:, : anatomy.clamped_concepts(transformer)]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+from dit_probe.anatomy import structural
 from dit_probe.anatomy.base import Anatomy
 from dit_probe.anatomy.block import Block, Grid, Places, Projection, TextContext, TextSide
 from dit_probe.errors import ModelError
 
+Settled = TypeVar("Settled", bound=Anatomy)
 __all__ = [
     "Anatomy",
     "Block",
@@ -40,7 +43,8 @@ def families() -> dict[str, Anatomy]:
         True
     """
     _import_all()
-    return {kind.family: kind() for kind in _subclasses(Anatomy) if "family" in vars(kind)}
+    named = [kind for kind in _subclasses(Anatomy) if isinstance(vars(kind).get("family"), str)]
+    return {kind.family: kind() for kind in named}
 
 
 @cache
@@ -87,11 +91,13 @@ def find(model: Any) -> Anatomy:
     transformer = transformer_of(model)
     names = {kind.__name__ for kind in type(transformer).__mro__}
     anatomy = next((anatomy for anatomy in families().values() if names & set(anatomy.classes)), None)
+    anatomy = anatomy or _SETTLED.get(transformer) or structural.guess(transformer)
     if anatomy is None:
         known = ", ".join(f"{name} ({', '.join(a.classes)})" for name, a in sorted(families().items()))
         raise ModelError(
-            f"no anatomy for {type(transformer).__name__}. Families known: {known}. "
-            "Add one: a file in dit_probe/anatomy (see CONTRIBUTING.md)"
+            f"no anatomy for {type(transformer).__name__}, and none to guess: no list of blocks in it takes both "
+            f"hidden_states and encoder_hidden_states. Families known: {known}. "
+            "Add one: a subclass of Anatomy in a file of yours (see CONTRIBUTING.md)"
         )
     reason = anatomy.refuse(transformer)
     if reason is None and any(block.module._compiled_call_impl is not None for block in anatomy.blocks(transformer)):
@@ -103,6 +109,15 @@ def find(model: Any) -> Anatomy:
         reason = "it is in training mode with dropout, so tracing would change its random numbers. Call .eval()"
     if reason is not None:
         raise ModelError(f"{type(transformer).__name__} cannot be traced: {reason}.")
+    return anatomy
+
+
+_SETTLED: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+
+
+def remember(model: nn.Module, anatomy: Settled) -> Settled:
+    """Let `find` give this anatomy for this very model from now on."""
+    _SETTLED[model] = anatomy
     return anatomy
 
 

@@ -64,6 +64,7 @@ class Anatomy:
         pooled_argument: which positional argument of the `conditioner` it is.
         encoder: pipeline attributes that hold the tokenizer and text encoder that concepts go through.
         timestep_scale: factor from the transformer's timestep argument to 0..1000.
+        fast: whether the text side is described; if not, concepts are found by running the model itself on them.
         heads_first: whether the qk-norms of `unrotated` see (row, head, token, head_dim).
         unlabelled_calls: branches of the transformer calls of one step, in order, where the pipeline guides by two
             calls that it does not name (`cache_context`).
@@ -87,6 +88,7 @@ class Anatomy:
     encoder: tuple[str, str] = ("tokenizer", "text_encoder")
     timestep_scale: float = 1.0
     heads_first: bool = False
+    fast: bool = True
     unlabelled_calls: tuple[str, ...] = ("cond",)
     variants: tuple[str, ...] = ()
     pipeline_variants: tuple[str, ...] = ()
