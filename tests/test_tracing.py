@@ -7,10 +7,7 @@ from tracing_cases import SIZES, WORDS, generate, traced
 
 import dit_probe as dp
 from dit_probe import stream, testing
-from dit_probe.errors import (
-    ConceptError,
-    ProbeError,
-)
+from dit_probe.errors import ConceptError, ProbeError, SiteError
 from probes import ConceptAttention, CrossAttention, PromptAttention, ValueSpace
 
 EVERYTHING = ConceptAttention(WORDS, scores=("output", "value", "cross")) | CrossAttention(WORDS) | PromptAttention()
@@ -138,6 +135,24 @@ def test_prompt_tokens_are_named(pipelines):
         _, ds = traced(pipelines(family), PromptAttention())
         assert ds.token.values[0, 0] == expected
         assert "▁sun" in ds.token.values[0]
+
+
+def test_concepts_end_with_the_joint_blocks_unless_asked_on(pipelines):
+    pipe = pipelines("flux")
+    with pytest.raises(SiteError, match=r"joint blocks only, as in the paper \(through='all' extends it\)"):
+        dp.trace(pipe, ConceptAttention(WORDS, layers=[3]))
+    _, paper = traced(pipe, ConceptAttention(WORDS, layers="all"))
+    _, on = traced(pipe, ConceptAttention(WORDS, layers="all", through="all", scores=["output"]))
+    assert "extension" not in paper.attrs["identity"]
+    assert "which the paper does not do" in on.attrs["identity"]["extension"]
+    assert np.array_equal(on.o_c.isel(layer=[0, 1, 2]), paper.o_c.isel(layer=[0, 1, 2]))
+    single = on.sel(layer=3)
+    assert str(single.kind.values) == "single"
+    assert np.isnan(paper.o_c.sel(layer=3)).all() and np.isfinite(single.o_c).all()
+    assert float(abs(single.o_c).max()) > 0
+    np.testing.assert_allclose(
+        single.score_output, np.einsum("...nhd,...chd->...cn", single.o_x, single.o_c), atol=1e-4
+    )
 
 
 def test_several_probes_share_one_pass(pipelines):
