@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+# Tiny models gain nothing from threads: one test process a core, one thread each.
+WORKERS ?= -n auto
+test test-oldest: export OMP_NUM_THREADS ?= 1
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -33,7 +36,7 @@ demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map:
 	$(BIN)/dit-probe demo --out demo.html $(ARGS)
 
 test: $(VENV)/.env  ## the tests and every example of the docstrings and the README; ARGS="-k store"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 $(VENV)-oldest/.env: pyproject.toml constraints-oldest.txt
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
@@ -41,7 +44,7 @@ $(VENV)-oldest/.env: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/.env  ## the oracles and the tracing on the oldest diffusers that is supported
-	$(VENV)-oldest/bin/python -m pytest tests/test_conformance.py tests/test_tracing.py tests/test_tracing_ends.py tests/test_wrong_use.py tests/test_encoding.py
+	$(VENV)-oldest/bin/python -m pytest $(WORKERS) tests/test_conformance.py tests/test_tracing.py tests/test_tracing_ends.py tests/test_wrong_use.py tests/test_encoding.py tests/test_verification.py tests/test_unknown_models.py tests/test_refused.py
 
 lint: $(VENV)/.env  ## ruff: rules and formatting
 	$(BIN)/ruff check .

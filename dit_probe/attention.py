@@ -186,9 +186,16 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, heads_firs
     return AttentionCall(*tensors, mask=given.get("attn_mask"), scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def joint_attention(call: AttentionCall) -> Tensor:
-    """softmax(q k^T scale) of a call, float32 (row, head, query, key): the operation's weights, made explicit."""
-    logits = torch.einsum("rqhd,rkhd->rhqk", call.q.float(), call.k.float()) * call.scale
+def attention_weights(call: AttentionCall, rows: slice, head: int) -> Tensor:
+    """softmax(q k^T scale + mask) of one head of a call, float32 (row, query, key): what the operation itself gave.
+
+    A query that the mask hides from every key has no weights, as torch has it: zeros.
+    """
+    q, k = (part[rows, :, head].float() for part in (call.q, call.k))
+    logits = q @ k.transpose(1, 2) * call.scale
     if call.mask is not None:
-        logits = logits.masked_fill(~call.mask, -torch.inf) if call.mask.dtype == torch.bool else logits + call.mask
-    return logits.softmax(dim=-1)
+        mask = call.mask[(None,) * (4 - call.mask.ndim)]
+        mask = mask[rows] if mask.shape[0] > 1 else mask
+        mask = mask[:, head if mask.shape[1] > 1 else 0]
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(dim=-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0.0)

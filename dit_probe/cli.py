@@ -306,7 +306,7 @@ def _run(pipe: Any, probe: Any, prompt: str, seed: int, arguments: dict[str, int
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     with dp.trace(pipe, probe, store=store, mode=mode, progress=sys.stderr.isatty()):
-        output = pipe(prompt, generator=generator, **arguments)
+        output = pipe(prompt=prompt, generator=generator, **arguments)
     return output.images[0] if hasattr(output, "images") else output.frames[0]
 
 

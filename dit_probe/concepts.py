@@ -112,11 +112,14 @@ def embed_words(
 
 
 def _find(anatomy: Anatomy, pipe: Any, word: str, prompt: str, limit: int) -> slice:
-    tokens, wanted = pieces(anatomy, pipe, prompt), pieces(anatomy, pipe, word)
-    for start in range(min(len(tokens), limit) - len(wanted) + 1):
-        if tokens[start : start + len(wanted)] == wanted:
-            return slice(start, start + len(wanted))
+    tokens = pieces(anatomy, pipe, prompt)
+    # Byte-level vocabularies spell a word in another way behind a space.
+    spellings = [pieces(anatomy, pipe, word), pieces(anatomy, pipe, f" {word}")]
+    for wanted in spellings:
+        for start in range(min(len(tokens), limit) - len(wanted) + 1):
+            if tokens[start : start + len(wanted)] == wanted:
+                return slice(start, start + len(wanted))
     raise ConceptError(
-        f"embed='in_prompt': {word!r} ({' '.join(wanted)}) does not stand in the prompt {prompt!r} "
+        f"embed='in_prompt': {word!r} ({' '.join(spellings[0])}) does not stand in the prompt {prompt!r} "
         f"({' '.join(tokens)}). Use a word of the prompt, or embed='first_token'"
     )

@@ -10,7 +10,12 @@ from dit_probe.pipelines import Generation
 
 
 def branches(
-    generation: Generation, rows: int, context: Sequence[str], unlabelled_calls: Sequence[str]
+    generation: Generation,
+    rows: int,
+    context: Sequence[str],
+    unlabelled_calls: Sequence[str],
+    halves: Sequence[str] = ("uncond", "cond"),
+    guided: bool = True,
 ) -> dict[str, slice]:
     """Branch to rows, for one transformer call.
 
@@ -19,6 +24,8 @@ def branches(
         rows: rows of the transformer call.
         context: names of the ``cache_context`` that are open, the innermost last.
         unlabelled_calls: branches of the calls of a step, in order, where the pipeline does not name them.
+        halves: branches of the two halves of a call whose rows are doubled, in order.
+        guided: False where the pipeline says that it runs without classifier-free guidance.
 
     Raises:
         TraceError: neither one row a sample nor two.
@@ -29,11 +36,11 @@ def branches(
     if rows == generation.rows:
         earlier = sum(step == generation.step for step, _ in generation.ran)
         return {unlabelled_calls[min(earlier, len(unlabelled_calls) - 1)]: slice(0, rows)}
-    if rows == 2 * generation.rows:
-        return {"uncond": slice(0, rows // 2), "cond": slice(rows // 2, rows)}
+    if rows == 2 * generation.rows and guided:
+        return dict(zip(halves, (slice(0, rows // 2), slice(rows // 2, rows)), strict=True))
     raise TraceError(
-        f"the transformer was called on {rows} rows for {generation.rows} samples; only guidance that doubles the "
-        "batch, or calls twice, is understood"
+        f"the transformer was called on {rows} rows for {generation.rows} samples; only classifier-free guidance that "
+        "doubles the batch, or calls twice, is understood, not perturbed-attention guidance and its like. Switch it off"
     )
 
 

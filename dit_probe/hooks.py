@@ -7,64 +7,23 @@ under every offloading scheme, while in the block's own hook they may have left 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_probe import schema, stream
-from dit_probe.anatomy import Anatomy, Block, Places
+from dit_probe.anatomy import Anatomy, Block
 from dit_probe.anatomy.block import arguments_of
+from dit_probe.anatomy.obstacles import cached, obstacle
 from dit_probe.anatomy.structural import Structural
-from dit_probe.attention import AttentionTap
-from dit_probe.errors import ProbeError, TraceError
+from dit_probe.attention import AttentionTap, attention_weights
+from dit_probe.errors import ModelError, ProbeError, TraceError
+from dit_probe.forward import Forward
 from dit_probe.probe import Combination, Observation
 from dit_probe.rehearsal import clamped_calls, settle
-
-
-@dataclass
-class Forward:
-    """One call of the transformer, as far as it is recorded.
-
-    Attributes:
-        step: step label.
-        branches: branch to the rows that belong to it.
-        wanted: variable to the layers at which it is recorded in this step.
-        embeddings: concept embeddings (row or 1, concept, text width), None without a concept stream.
-        pooled: one pooled vector per concept (concept, width), for pooled="concepts".
-        pads: branch to (row, prompt_token) bool, True on padding.
-        arguments: of the call, by name.
-        places: where image and prompt stand in the joint sequence.
-        through: the last layer that the concept stream reaches.
-        verify: layers to replay.
-    """
-
-    step: int
-    branches: Mapping[str, slice]
-    wanted: Mapping[str, tuple[int, ...]]
-    arguments: Mapping[str, Any]
-    places: Places
-    embeddings: Tensor | None = None
-    pooled: Tensor | None = None
-    pads: Mapping[str, Tensor] = field(default_factory=dict)
-    through: int = -1
-    verify: frozenset[int] = frozenset()
-    c: dict[str, Tensor] = field(default_factory=dict)
-    temb: dict[str, Tensor] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
-
-    def active(self, block: Block) -> bool:
-        """Whether anything is to be gathered in a block: a variable, or a concept stream on its way to one."""
-        if block.layer in self.layers | self.verify:
-            return True
-        return self.embeddings is not None and block.layer < min(self.through + 1, max(self.layers, default=0))
-
-    @property
-    def layers(self) -> set[int]:
-        """Layers at which any variable is recorded."""
-        return {layer for layers in self.wanted.values() for layer in layers}
-
+from dit_probe.transfer import score
 
 Write = Callable[[str, Tensor, int, int, str], None]
 
@@ -106,13 +65,13 @@ class Hooks:
     def attach(self) -> None:
         """Register every hook."""
         anatomy, model, keep = self._anatomy, self._model, self._handles.append
-        keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        keep(model.register_forward_hook(self._after_model))
+        keep(model.register_forward_pre_hook(_eager(self._before_model), with_kwargs=True))
+        keep(model.register_forward_hook(_eager(self._after_model)))
         for block in anatomy.blocks(model):
-            keep(block.module.register_forward_pre_hook(self._before_block(block), with_kwargs=True))
-            keep(block.attention.register_forward_pre_hook(self._before_attention(block)))
-            keep(block.attention.register_forward_hook(self._after_attention(block), always_call=True))
-            keep(block.module.register_forward_hook(self._after_block(block)))
+            keep(block.module.register_forward_pre_hook(_eager(self._before_block(block)), with_kwargs=True))
+            keep(block.attention.register_forward_pre_hook(_eager(self._before_attention(block))))
+            keep(block.attention.register_forward_hook(_eager(self._after_attention(block)), always_call=True))
+            keep(block.module.register_forward_hook(_eager(self._after_block(block))))
         if not isinstance(anatomy, Structural):
             self._attach_stream()
 
@@ -120,10 +79,10 @@ class Hooks:
         settings, anatomy, model, keep = self._probes.stream, self._anatomy, self._model, self._handles.append
         if settings is None or not anatomy.fast:
             return
-        keep(anatomy.entry(model).register_forward_hook(self._after_entry))
+        keep(anatomy.entry(model).register_forward_hook(_eager(self._after_entry)))
         conditioner = anatomy.conditioner(model)
         if conditioner is not None and settings.pooled != "prompt":
-            keep(conditioner.register_forward_hook(self._after_conditioner, with_kwargs=True))
+            keep(conditioner.register_forward_hook(_eager(self._after_conditioner), with_kwargs=True))
 
     def settle(self, arguments: Mapping[str, Any]) -> Anatomy:
         """Find out what a model of no known family is, once, by the arguments of its call."""
@@ -154,6 +113,9 @@ class Hooks:
             return
         self._reset()
         self._forward = self._start(arguments_of(module, args, kwargs))
+        # Asked again: an adapter or a cache may have come after the trace was opened.
+        if self._forward is not None and (reason := obstacle(self._anatomy, module)) is not None:
+            raise ModelError(f"{type(module).__name__} cannot be traced: {reason}.")
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         forward, waiting = self._forward, self._waiting
@@ -163,13 +125,13 @@ class Hooks:
             with self._quietly():
                 self._run_clamped(forward, waiting)
         self._reset()
-        missed = sorted(forward.layers - forward.seen)
+        # Every block counts, recorded or not: FirstBlockCache puts what it skips into the output of the block before.
+        missed = [block.path for block in self._anatomy.blocks(module) if block.layer not in forward.seen]
         if missed:
-            paths = [block.path for block in self._anatomy.blocks(module) if block.layer in missed]
             raise TraceError(
-                f"step {forward.step}: {len(missed)} planned layer(s) did not run their attention "
-                f"({', '.join(paths[:4])}{', …' if len(paths) > 4 else ''}). A cache (FirstBlockCache, TeaCache …) or "
-                "layer skipping left them out; switch it off to trace"
+                f"step {forward.step}: {len(missed)} block(s) did not run their attention "
+                f"({', '.join(missed[:4])}{', …' if len(missed) > 4 else ''}). A cache (FirstBlockCache, TeaCache …) "
+                "or layer skipping left them out, or their code was compiled before the trace; switch it off to trace"
             )
 
     def _after_conditioner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -203,22 +165,33 @@ class Hooks:
 
     def _before_block(self, block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._idle(block):
+            forward = self._forward
+            if forward is None or self._idle(block):
                 return
             # Whatever an earlier block left is stale: a block whose attention is skipped must not reuse it.
             self._unrotated, self._replayed = {}, None
             self._arguments = block.bind(args, kwargs)
+            found = len(self._anatomy.streams(block, self._arguments, forward.places)[0])
+            if found != (rows := self._anatomy.rows(forward.arguments)):
+                raise TraceError(
+                    f"{block.path}: ran on {found} rows of the {rows} that the transformer was called on. A cache "
+                    "(FasterCache …) left a branch of guidance out; switch it off to trace"
+                )
             if any(name.endswith("_unrotated") for name in self._wanted(block)):
                 for name, norm in self._anatomy.unrotated(block, self._arguments).items():
-                    self._norm_handles.append(norm.register_forward_hook(self._after_norm(name)))
+                    self._norm_handles.append(norm.register_forward_hook(_eager(self._after_norm(name))))
 
         return hook
 
     def _after_norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if not self._busy:
-                apart = output if output.ndim == 4 else output.unflatten(-1, (self._anatomy.heads(self._model)[0], -1))
-                self._unrotated[name] = apart.transpose(1, 2) if self._anatomy.heads_first else apart
+                heads = self._anatomy.heads(self._model)[0]
+                apart = output if output.ndim == 4 else output.unflatten(-1, (heads, -1))
+                apart = apart.transpose(1, 2) if self._anatomy.heads_first else apart
+                # Grouped-query attention: every key head serves several query heads, as in the attention call.
+                # It is a copy in any case, since some attention processors go on to rotate the norm's output in place.
+                self._unrotated[name] = apart.repeat_interleave(heads // apart.shape[2], dim=2)
 
         return hook
 
@@ -226,6 +199,8 @@ class Hooks:
         def hook(module: nn.Module, args: Any) -> None:
             if not self._idle(block):
                 self._tap.open()
+            elif self._forward is not None and not self._busy:
+                self._forward.seen.add(block.layer)
 
         return hook
 
@@ -249,19 +224,22 @@ class Hooks:
             forward = self._forward
             if forward is None or self._idle(block):
                 return
-            x, p = self._anatomy.outputs(block, output, forward.places)
-            if self._replayed is not None:
-                stream.check_replay(self._anatomy, *self._replayed, p)
-            residuals = {"x": x, "p": p}
-            for branch, rows in forward.branches.items():
-                for name in self._wanted(block) & residuals.keys():
-                    self._write(name, residuals[name][rows], forward.step, block.layer, branch)
+            with self._quietly():  # gradients off: checkpointing counts what is kept for them
+                x, p = self._anatomy.outputs(block, output, forward.places)
+                if self._replayed is not None:
+                    stream.check_replay(self._anatomy, *self._replayed, p)
+                residuals = {"x": x, "p": p}
+                for branch, rows in forward.branches.items():
+                    for name in self._wanted(block) & residuals.keys():
+                        self._write(name, residuals[name][rows], forward.step, block.layer, branch)
 
         return hook
 
     def _record(self, block: Block) -> None:
         forward, anatomy = self._forward, self._anatomy
         assert forward is not None
+        if not self._tap.calls and cached(block.attention):  # it answered from its cache, and counts as not run
+            return
         call = stream.BlockCall.read(anatomy, block, self._arguments, self._tap.calls, forward.places)
         forward.seen.add(block.layer)
         if block.layer in forward.verify:
@@ -327,19 +305,20 @@ class Hooks:
             for token in "xp":
                 name = f"{letter}_{token}"
                 if name in self._unrotated:
-                    found[f"{name}_unrotated"] = self._unrotated[name]
+                    found[f"{name}_unrotated"] = self._unrotated[name][:, : found[name].shape[1]]
                 elif not self._anatomy.unrotated(call.block, call.arguments):
                     found[f"{name}_unrotated"] = found[name]
         return found
 
     def _observe(self, call: stream.BlockCall, forward: Forward, branch: str, seen: Mapping[str, Tensor]) -> None:
-        block = call.block
+        block, attention, places = call.block, call.attention, call.places
+        pads, weights = forward.pads.get(branch), partial(attention_weights, attention, forward.branches[branch])
+        at = (block.layer, block.kind, forward.step, branch, attention.scale, pads)
+        where = Observation(*at, attention.q.shape[2], places.image, places.prompt, weights)
         for probe in self._probes:
             names = self._wanted(block) & probe.observes.keys()
             if not names:
                 continue
-            pads = forward.pads.get(branch)
-            where = Observation(block.layer, block.kind, forward.step, branch, call.attention.scale, pads)
             observed = probe.observe(where, {name: seen[name] for name in probe.needs})
             if missing := names - observed.keys():
                 raise TraceError(f"{type(probe).__name__}.observe did not return {', '.join(sorted(missing))}")
@@ -357,6 +336,13 @@ class Hooks:
         return _Quiet(self)
 
 
+# Compiled code breaks off at a hook, which goes on to files and threads.
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile leaves out of its graphs."""
+    left_out: Any = torch.compiler.disable(hook)
+    return left_out
+
+
 class _Quiet:
     """No gradients, and no reaction of our own hooks to the modules we call."""
 
@@ -370,12 +356,3 @@ class _Quiet:
     def __exit__(self, *error: Any) -> None:
         self._no_grad.__exit__(*error)
         self._hooks._busy = False
-
-
-def score(name: str, activations: Mapping[str, Tensor]) -> Tensor:
-    """One layer's score (row, concept, image_token) in float32, by the definitions of `dit_probe.maps.scores`."""
-    image, concept = (activations[source].float() for source in schema.SCORE_SOURCES[name])
-    dots = torch.einsum("rnhd,rchd->rcn", image, concept)
-    heads, head_dim = image.shape[-2:]
-    # Attention logits, mean over heads; the other spaces are plain dot products.
-    return dots / (heads * head_dim**0.5) if name.startswith("score_cross") else dots

@@ -164,7 +164,9 @@ def _read(run: Callable[[], Any], arguments: Mapping[str, Any]) -> Call:
         text = [text or ""] * len(labels) if text is None or isinstance(text, str) else list(text)
         # Embeddings, or a text of its own for another encoder: nobody can say what the prompt stream's tokens are.
         others = [arguments.get(f"{prefix}{name}") for name in ("prompt_embeds", "prompt_2", "prompt_3")]
-        texts[branch] = list(text) if all(other is None for other in others) else [None] * len(labels)
+        # Ideogram's call may have the prompt rewritten by a language model before it is encoded.
+        rewritten = arguments.get("prompt_upsampling")
+        texts[branch] = list(text) if all(other is None for other in others) and not rewritten else [None] * len(labels)
     copies = arguments.get("num_images_per_prompt") or 1
     rows = len(labels) * copies
     generators = arguments.get("generator")

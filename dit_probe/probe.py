@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,9 @@ class Observation:
         layer, kind, step, branch: labels.
         scale: factor on the attention logits.
         prompt_pads: (row, prompt_token) bool, True on padding; None when the prompt is not known as text.
+        heads: number of attention heads.
+        image, prompt: where their tokens stand in the joint sequence.
+        weights: of one head, the joint attention as the model computed it, masks and all, (row, query, key).
     """
 
     layer: int
@@ -42,6 +45,10 @@ class Observation:
     branch: str
     scale: float
     prompt_pads: Tensor | None
+    heads: int
+    image: slice
+    prompt: slice
+    weights: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ from dit_probe.anatomy import Anatomy, families, find, transformer_of
 from dit_probe.anatomy.base import TinyModel
 
 
-def cases() -> list[tuple[str, str]]:
-    """Every (family, variant) that a family file offers a tiny model for.
+def cases(*, concepts: bool = False) -> list[tuple[str, str]]:
+    """Every (family, variant) that a family file offers a tiny model for; with `concepts`, if it has a concept stream.
 
     Example:
         >>> ("flux", "dev") in cases()
         True
     """
-    return [(name, variant) for name, anatomy in _installed() for variant in anatomy.variants]
+    chosen = [(name, anatomy) for name, anatomy in _installed() if not (concepts and anatomy.no_concepts)]
+    return [(name, variant) for name, anatomy in chosen for variant in anatomy.variants]
 
 
 def pipeline_cases() -> list[tuple[str, str]]:
@@ -95,6 +96,9 @@ def tiny_model(
     inputs = {name: _cast(value, dtype) for name, value in tiny.inputs.items()}
     # nn.Module.to, since the models' own override only adds a warning about checkpoints.
     model = nn.Module.to(randomise(tiny.transformer, seed), dtype)
+    for name, module in model.named_modules():
+        if set(name.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ()):  # as from_pretrained does
+            module.float()
     return replace(tiny, transformer=model, inputs=inputs, concepts=tiny.concepts.to(dtype))
 
 
@@ -126,6 +130,12 @@ class _Parts:
     """Tokenizers and encoders of the demo models, untrained, and a VAE."""
 
     t5_width, clip_width = 64, 32
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        from dit_probe.demo.text import WORDS
+
+        return WORDS
 
     def t5(self) -> tuple[Any, Any]:
         from dit_probe.demo.text import t5_encoder, t5_tokenizer
@@ -234,8 +244,11 @@ def leftovers(pipe: Any) -> list[str]:
         if getattr(module, kind)
     ]
     owners = {"transformer": (model, "cache_context"), "scheduler": (getattr(pipe, "scheduler", None), "step")}
+    # Not `owner or …`: a compiled module is asked for its length then, and has none.
     found += [
-        f"{name}.{attribute}" for name, (owner, attribute) in owners.items() if attribute in vars(owner or _Parts)
+        f"{name}.{attribute}"
+        for name, (owner, attribute) in owners.items()
+        if owner is not None and attribute in vars(owner)
     ]
     found += ["pipeline class"] if type(pipe).__name__ in [kind.__name__ for kind in type(pipe).__bases__] else []
     modes = torch.overrides._get_current_function_mode_stack()

@@ -15,7 +15,8 @@ from dit_probe import guidance, pipelines, planning, schema, store
 from dit_probe.anatomy import Places, find, transformer_of
 from dit_probe.concepts import check_tokens, embed_words
 from dit_probe.errors import ConceptError, ModelError, ProbeError, TraceError
-from dit_probe.hooks import Forward, Hooks
+from dit_probe.forward import Forward
+from dit_probe.hooks import Hooks
 from dit_probe.pipelines import Generation
 from dit_probe.probe import Combination, Probe
 from dit_probe.transfer import host
@@ -113,6 +114,11 @@ class Run:
         stream = self._probes.stream
         if stream is None:
             return
+        if self._anatomy.no_concepts:
+            raise ProbeError(
+                f"no concept stream in {type(self._model).__name__}: {self._anatomy.no_concepts}. "
+                "Record image and prompt alone: x, p, and q, k, v, o of each"
+            )
         if stream.pooled != "prompt" and not self._anatomy.pooled:
             raise ProbeError(f"pooled={stream.pooled!r}: {self._anatomy.family} has no pooled text vector")
         if self._concepts is None:
@@ -237,8 +243,8 @@ class Run:
         self._writer.finish(generation.slots)
 
     def _start_forward(self, arguments: dict[str, Any]) -> Forward | None:
-        if arguments.get("skip_layers") is not None:
-            return None  # skip-layer guidance: a second, truncated pass that is neither branch
+        if self._anatomy.aside(arguments):
+            return None
         self._anatomy = self._hooks.settle(arguments)
         rows = self._anatomy.rows(arguments)
         generation = self._generation
@@ -247,7 +253,9 @@ class Run:
         elif self._pipe is None:
             generation = self._next_step(generation, rows)
         calls = self._anatomy.unlabelled_calls
-        branches = guidance.branches(generation, rows, self._context, calls)
+        # Perturbed-attention guidance doubles rows too.
+        guided = getattr(self._pipe, "do_classifier_free_guidance", True) is not False
+        branches = guidance.branches(generation, rows, self._context, calls, self._anatomy.halves, guided)
         guidance.check(self._branch, generation, branches, self._context, calls)
         places = self._anatomy.places(self._model, arguments)
         if not generation.slots:

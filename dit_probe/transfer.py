@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dit_probe import schema
 
 
 def host(tensor: Tensor) -> tuple[np.ndarray | Callable[[], np.ndarray], int]:
@@ -33,3 +35,12 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
+
+
+def score(name: str, activations: Mapping[str, Tensor]) -> Tensor:
+    """One layer's score (row, concept, image_token) in float32, by the definitions of `dit_probe.maps.scores`."""
+    image, concept = (activations[source].float() for source in schema.SCORE_SOURCES[name])
+    dots = torch.einsum("rnhd,rchd->rcn", image, concept)
+    heads, head_dim = image.shape[-2:]
+    # Attention logits, mean over heads; the other spaces are plain dot products.
+    return dots / (heads * head_dim**0.5) if name.startswith("score_cross") else dots

@@ -163,28 +163,20 @@ def verify(
     else:
         concepts = concepts.expand(anatomy.rows(inputs), -1, -1)
     dtype = transformer.dtype
+    has_concepts = not anatomy.no_concepts
     before = _tensors(transformer(**inputs))
-    replayed, calls = _replay(anatomy, transformer, inputs, concepts.shape[1])
-    after, ds = _traced(transformer, inputs, concepts)
-    streams = {
-        int(layer): torch.as_tensor(ds.c.sel(layer=layer).isel(step=0).values).to(concepts) for layer in ds.layer.values
-    }
-    clamped = testing.clamped(transformer, inputs, concepts, c=streams)
-    layers = []
-    for block in anatomy.blocks(transformer):
-        at = ds.sel(layer=block.layer).isel(step=0)
-        found = dict(replayed[block.layer])
-        for name, value in clamped[block.layer].items():
-            found[f"clamped_{name[0]}"] = _difference(at[name].values, value.double().cpu().numpy())
-        bias, scale = calls[block.layer]
-        k, v = (np.concatenate([at[f"{letter}_c"], at[f"{letter}_x"]], axis=1) for letter in "kv")
-        found["equation"] = _difference(at.o_c.values, testing.attention_from_store(at.q_c, k, v, bias, scale))
-        layers.append(Layer(block.layer, block.kind, block.path, found))
+    replayed, calls = _replay(anatomy, transformer, inputs, concepts.shape[1] if has_concepts else 0)
+    after, ds = _traced(transformer, inputs, concepts if has_concepts else None)
+    compared = _of_concepts(transformer, inputs, concepts, calls, ds) if has_concepts else {}
+    layers = [
+        Layer(block.layer, block.kind, block.path, replayed[block.layer] | compared.get(block.layer, {}))
+        for block in anatomy.blocks(transformer)
+    ]
     return Verification(
         anatomy.family,
         type(transformer).__name__,
         str(dtype).removeprefix("torch."),
-        stream.tolerance(dtype) if tolerance is None else tolerance,
+        stream.tolerance(dtype, transformer) if tolerance is None else tolerance,
         all(torch.equal(one, other) for one, other in zip(before, after, strict=True)),
         tuple(layers),
     )
@@ -202,7 +194,10 @@ def _first_forward(pipe: Any, prompt: str, call: Mapping[str, Any]) -> dict[str,
     found: dict[str, Any] = {}
 
     def catch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(arguments_of(module, args, kwargs))
+        arguments = arguments_of(module, args, kwargs)
+        if find(module).aside(arguments):
+            return
+        found.update(arguments)
         raise _Caught
 
     handle = transformer_of(pipe).register_forward_pre_hook(catch, with_kwargs=True)
@@ -218,7 +213,7 @@ def _first_forward(pipe: Any, prompt: str, call: Mapping[str, Any]) -> dict[str,
 def _replay(
     anatomy: Anatomy, transformer: Any, inputs: Mapping[str, Any], concepts: int
 ) -> tuple[dict[int, dict[str, float]], dict[int, tuple[np.ndarray | None, float]]]:
-    """Self-replay by layer; and what masks concepts in each, with the scale of its logits."""
+    """Self-replay by layer; and what masks concepts, if there are any, in each, with the scale of its logits."""
     differences: dict[int, dict[str, float]] = {}
     calls: dict[int, tuple[np.ndarray | None, float]] = {}
 
@@ -226,7 +221,7 @@ def _replay(
         after = anatomy.outputs(call.block, output, call.places)[1]
         found = stream.replay_differences(call, stream.replay(anatomy, call), after)
         differences[call.block.layer] = {f"replay_{name[0]}": value for name, value in found.items()}
-        mask = stream.concept_mask(call, slice(0, len(call.x)), concepts, "both")
+        mask = stream.concept_mask(call, slice(0, len(call.x)), concepts, "both") if concepts else None
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask.cpu(), -torch.inf)
         calls[call.block.layer] = None if mask is None else mask.double().cpu().numpy(), call.attention.scale
@@ -236,9 +231,33 @@ def _replay(
     return differences, calls
 
 
-def _traced(transformer: Any, inputs: Mapping[str, Any], concepts: Tensor) -> tuple[list[Tensor], Any]:
-    names = [f"concept {index}" for index in range(concepts.shape[1])]
-    record = ("o_c", "q_c", "k_c", "v_c", "k_x", "v_x", "c")
+def _of_concepts(
+    transformer: Any,
+    inputs: Mapping[str, Any],
+    concepts: Tensor,
+    calls: Mapping[int, tuple[np.ndarray | None, float]],
+    ds: Any,
+) -> dict[int, dict[str, float]]:
+    """The concept stream by layer, against the model itself and against eq. (4)."""
+    streams = {
+        int(layer): torch.as_tensor(ds.c.sel(layer=layer).isel(step=0).values).to(concepts) for layer in ds.layer.values
+    }
+    differences: dict[int, dict[str, float]] = {}
+    for layer, values in testing.clamped(transformer, inputs, concepts, c=streams).items():
+        at = ds.sel(layer=layer).isel(step=0)
+        found = differences[layer] = {
+            f"clamped_{name[0]}": _difference(at[name].values, value.double().cpu().numpy())
+            for name, value in values.items()
+        }
+        bias, scale = calls[layer]
+        k, v = (np.concatenate([at[f"{letter}_c"], at[f"{letter}_x"]], axis=1) for letter in "kv")
+        found["equation"] = _difference(at.o_c.values, testing.attention_from_store(at.q_c, k, v, bias, scale))
+    return differences
+
+
+def _traced(transformer: Any, inputs: Mapping[str, Any], concepts: Tensor | None) -> tuple[list[Tensor], Any]:
+    names = [] if concepts is None else [f"concept {index}" for index in range(concepts.shape[1])]
+    record = ("o_x", "o_p") if concepts is None else ("o_c", "q_c", "k_c", "v_c", "k_x", "v_x", "c")
     probe = Probe(names, record=record, layers="all", through="all")
     with trace(transformer, probe, concepts=concepts, verify=None, progress=False) as run:
         output = transformer(**inputs)

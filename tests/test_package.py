@@ -22,7 +22,7 @@ FLOW = (
     ("errors", "schema"),
     ("anatomy", "attention"),
     ("concepts", "stream", "probe", "planning"),
-    ("pipelines", "guidance", "rehearsal", "hooks", "transfer"),
+    ("pipelines", "guidance", "rehearsal", "forward", "hooks", "transfer"),
     ("store",),
     ("recording", "tracing", "edit", "encoding"),
     ("selection",),

@@ -1,9 +1,11 @@
 """What `trace` does around a pipeline: untouched output, branches, steps, samples."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from tracing_cases import SIZES, WORDS, generate, traced
+from tracing_cases import SIZES, WORDS, generate, sites, traced
 
 import dit_probe as dp
 from dit_probe import stream, testing
@@ -20,6 +22,7 @@ PIPELINES = testing.pipeline_cases()
 @pytest.mark.parametrize("case", PIPELINES, ids="-".join)
 def test_output_is_untouched(pipelines, case, probe):
     pipe = pipelines(*case)
+    probe = dataclasses.replace(probe, **sites(pipe))
     before = generate(pipe)
     during, ds = traced(pipe, probe, branch="cond")
     assert torch.equal(before, during)

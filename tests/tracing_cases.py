@@ -11,13 +11,23 @@ WORDS = ["sun", "sky", "boat"]
 
 def generate(pipe, prompt="a sun in the sky", *, steps=2, seed=0, **options):
     result = pipe(
-        prompt,
-        num_inference_steps=steps,
+        prompt=prompt,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
-        **{**anatomy.find(pipe).tiny_call, **options},
+        **{"num_inference_steps": steps, **anatomy.find(pipe).tiny_call, **options},
     )
     return result.frames if hasattr(result, "frames") else result.images
+
+
+def fewest_steps(pipe):
+    """Steps of a call with ``steps=1``: Mochi's schedule has no single step."""
+    return anatomy.find(pipe).tiny_call.get("num_inference_steps", 1)
+
+
+def sites(pipe):
+    """Options of a probe that records concepts wherever the family's blocks are: in the paper's, if it has them."""
+    joint = anatomy.find(pipe).blocks(pipe.transformer)[0].kind == "joint"
+    return {} if joint else {"layers": "single", "through": "all"}
 
 
 def traced(pipe, *probes, call=None, **options):

@@ -15,6 +15,8 @@ from torch import nn
 from dit_probe.anatomy import structural
 from dit_probe.anatomy.base import Anatomy
 from dit_probe.anatomy.block import Block, Grid, Places, Projection, TextContext, TextSide
+from dit_probe.anatomy.obstacles import obstacle
+from dit_probe.anatomy.refused import refusal
 from dit_probe.errors import ModelError
 
 Settled = TypeVar("Settled", bound=Anatomy)
@@ -65,14 +67,19 @@ def transformer_of(model: Any) -> nn.Module:
     """The transformer of a pipeline, or the transformer that was given.
 
     Raises:
-        ModelError: it is neither, or it was compiled before tracing.
+        ModelError: it is neither, or it is wrapped: compiled before tracing, or in a model of peft's.
     """
     transformer = getattr(model, "transformer", model)
     if hasattr(transformer, "_orig_mod"):
         raise ModelError(
             f"{type(transformer._orig_mod).__name__} was compiled with torch.compile: hooks placed after compiling "
             "never fire, and nothing would be recorded. Trace the model underneath "
-            "(pipe.transformer = pipe.transformer._orig_mod) and compile again afterwards"
+            "(pipe.transformer = pipe.transformer._orig_mod) and compile it inside the trace"
+        )
+    if hasattr(transformer, "get_base_model"):
+        raise ModelError(
+            f"{type(transformer).__name__} is a wrapper of peft's around the transformer. Trace what it wraps, the "
+            "adapter is inside (pipe.transformer = pipe.transformer.get_base_model())"
         )
     if not isinstance(transformer, nn.Module):
         raise ModelError(
@@ -91,6 +98,8 @@ def find(model: Any) -> Anatomy:
     transformer = transformer_of(model)
     names = {kind.__name__ for kind in type(transformer).__mro__}
     anatomy = next((anatomy for anatomy in families().values() if names & set(anatomy.classes)), None)
+    if anatomy is None and (reason := refusal(names)) is not None:
+        raise ModelError(f"{type(transformer).__name__} cannot be traced: {reason}")
     anatomy = anatomy or _SETTLED.get(transformer) or structural.guess(transformer)
     if anatomy is None:
         known = ", ".join(f"{name} ({', '.join(a.classes)})" for name, a in sorted(families().items()))
@@ -99,14 +108,7 @@ def find(model: Any) -> Anatomy:
             f"hidden_states and encoder_hidden_states. Families known: {known}. "
             "Add one: a subclass of Anatomy in a file of yours (see CONTRIBUTING.md)"
         )
-    reason = anatomy.refuse(transformer)
-    if reason is None and any(block.module._compiled_call_impl is not None for block in anatomy.blocks(transformer)):
-        reason = (
-            "its blocks were compiled (compile_repeated_blocks or block.compile()): hooks placed afterwards never "
-            "fire. Trace before compiling"
-        )
-    if reason is None and transformer.training and _drops(transformer):
-        reason = "it is in training mode with dropout, so tracing would change its random numbers. Call .eval()"
+    reason = anatomy.refuse(transformer) or _compiled(anatomy, transformer) or obstacle(anatomy, transformer)
     if reason is not None:
         raise ModelError(f"{type(transformer).__name__} cannot be traced: {reason}.")
     return anatomy
@@ -121,5 +123,11 @@ def remember(model: nn.Module, anatomy: Settled) -> Settled:
     return anatomy
 
 
-def _drops(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+def _compiled(anatomy: Anatomy, model: nn.Module) -> str | None:
+    if model._compiled_call_impl is not None:
+        found = "it was compiled (transformer.compile())"
+    elif any(block.module._compiled_call_impl is not None for block in anatomy.blocks(model)):
+        found = "its blocks were compiled (compile_repeated_blocks or block.compile())"
+    else:
+        return None
+    return f"{found}: hooks placed afterwards never fire. Open the trace first and compile inside it"

@@ -9,6 +9,7 @@ The paper's eqs. (6) and (7) leave out that ``n`` is itself shifted and scaled b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,8 @@ class AdaZeroText(TextSide):
     clips_half: bool = False
 
     def project(self, c: Tensor, context: TextContext) -> Projection:
-        block, attention = context.block.module, context.block.attention
-        if context.block.text_output:
-            normed, *modulation = block.norm1_context(c, emb=context.modulation)
-        else:
-            normed, modulation = block.norm1_context(c, context.modulation), []
+        attention = context.block.attention
+        normed, modulation = self.normed(c, context)
         if getattr(attention, "fused_projections", False):
             projected = attention.to_added_qkv(normed).chunk(3, dim=-1)
         else:
@@ -42,6 +40,14 @@ class AdaZeroText(TextSide):
         q = q if attention.norm_added_q is None else attention.norm_added_q(q)
         k = k if attention.norm_added_k is None else attention.norm_added_k(k)
         return Projection.of(q, k, v, context.rotary, modulation)
+
+    def normed(self, c: Tensor, context: TextContext) -> tuple[Tensor, Sequence[Tensor]]:
+        """``n``, what the projections see, and ``a1, b, g, a2``, each (row, width)."""
+        norm = context.block.module.norm1_context
+        if not context.block.text_output:
+            return norm(c, context.modulation), []
+        n, *modulation = norm(c, emb=context.modulation)
+        return n, modulation
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block = context.block.module
@@ -65,7 +71,7 @@ class ParallelText(TextSide):
 
     def project(self, c: Tensor, context: TextContext) -> Projection:
         attention = context.block.attention
-        normed, gate = context.block.module.norm(c, emb=context.modulation)
+        normed, modulation = self.normed(c, context)
         if getattr(attention, "fused_projections", False):
             projected = attention.to_qkv(normed).chunk(3, dim=-1)
         else:
@@ -73,12 +79,17 @@ class ParallelText(TextSide):
         q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
         q = q if attention.norm_q is None else attention.norm_q(q)
         k = k if attention.norm_k is None else attention.norm_k(k)
-        return Projection.of(q, k, v, context.rotary, [gate])
+        return Projection.of(q, k, v, context.rotary, modulation)
+
+    def normed(self, c: Tensor, context: TextContext) -> tuple[Tensor, Sequence[Tensor]]:
+        """``n``, what the projections see, and the gates, shifts and scales of what follows, each (row, width)."""
+        n, gate = context.block.module.norm(c, emb=context.modulation)
+        return n, [gate]
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block = context.block.module
         (gate,) = projection.modulation
-        normed, _ = block.norm(c, emb=context.modulation)
+        normed, _ = self.normed(c, context)
         hidden = torch.cat([o.flatten(2), self.mlp(block, normed)], dim=2)
         c = c + gate.unsqueeze(1) * block.proj_out(hidden)
         return c.clip(-65504, 65504) if self.clips_half and c.dtype == torch.float16 else c

@@ -35,6 +35,11 @@ class TinyParts(Protocol):
     t5_width: int
     clip_width: int
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words that prompts are made of, for tokenizers of whole words."""
+        ...
+
     def t5(self) -> tuple[Any, Any]:
         """A T5 tokenizer and encoder."""
         ...
@@ -65,9 +70,11 @@ class Anatomy:
         encoder: pipeline attributes that hold the tokenizer and text encoder that concepts go through.
         timestep_scale: factor from the transformer's timestep argument to 0..1000.
         fast: whether the text side is described; if not, concepts are found by running the model itself on them.
+        no_concepts: why there is no concept stream in these models, though all else of them is recorded.
         heads_first: whether the qk-norms of `unrotated` see (row, head, token, head_dim).
         unlabelled_calls: branches of the transformer calls of one step, in order, where the pipeline guides by two
             calls that it does not name (`cache_context`).
+        halves: branches of the two halves of a call whose rows guidance doubles, in order.
         variants: names of the configurations that `tiny` offers.
         pipeline_variants: those that `tiny_pipeline` offers.
         tiny_call: arguments of a small call of `tiny_pipeline`'s pipeline, sizes above all.
@@ -89,7 +96,9 @@ class Anatomy:
     timestep_scale: float = 1.0
     heads_first: bool = False
     fast: bool = True
+    no_concepts: str = ""
     unlabelled_calls: tuple[str, ...] = ("cond",)
+    halves: tuple[str, str] = ("uncond", "cond")
     variants: tuple[str, ...] = ()
     pipeline_variants: tuple[str, ...] = ()
     tiny_call: Mapping[str, Any] = {}
@@ -123,11 +132,16 @@ class Anatomy:
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         """Modules whose outputs are the unrotated ``q_x k_x q_p k_p``, or ``q k`` of the joint sequence.
 
-        Empty when the block rotates nothing: then they are what the attention call saw.
+        Empty when the block rotates nothing: then they are what the attention call saw. What a stream holds after the
+        image's or the prompt's tokens is cut off.
         """
         return {}
 
     # --- one call of the transformer; `arguments` are its own, by name
+
+    def aside(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the call is neither branch of a step: skip-layer guidance, or one that only fills a cache."""
+        return arguments.get("skip_layers") is not None
 
     def rows(self, arguments: Mapping[str, Any]) -> int:
         """Number of rows, guidance included."""

@@ -9,32 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
-from dit_probe.anatomy.block import Block, Grid, Projection, TextContext, TextSide
-
-
-class SharedWeightsText(TextSide):
-    """The text half of `CogVideoXLayerNormZero`, then the projections and MLP that image tokens use too."""
-
-    def project(self, c: Tensor, context: TextContext) -> Projection:
-        attention = context.block.attention
-        # norm1 works row by row and token by token: c stands in for the image as well, whose half is dropped.
-        _, normed, _, gate = context.block.module.norm1(c[:, :1], c, context.modulation)
-        if getattr(attention, "fused_projections", False):
-            projected = attention.to_qkv(normed).chunk(3, dim=-1)
-        else:
-            projected = (attention.to_q(normed), attention.to_k(normed), attention.to_v(normed))
-        q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
-        q = q if attention.norm_q is None else attention.norm_q(q)
-        k = k if attention.norm_k is None else attention.norm_k(k)
-        return Projection.of(q, k, v, context.rotary, [gate])
-
-    def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
-        block = context.block.module
-        to_out = context.block.attention.to_out
-        (gate,) = projection.modulation
-        c = c + gate * to_out[1](to_out[0](o.flatten(2)))
-        _, normed, _, mlp_gate = block.norm2(c[:, :1], c, context.modulation)
-        return c + mlp_gate * block.ff(normed)
+from dit_probe.anatomy.block import Block, Grid
+from dit_probe.anatomy.shared_weights import SharedWeightsText
 
 
 class CogVideoX(Anatomy):
@@ -70,7 +46,7 @@ class CogVideoX(Anatomy):
 
     def grid(self, model: Any, arguments: Mapping[str, Any]) -> Grid:
         _, frames, _, height, width = arguments["hidden_states"].shape
-        patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+        patch, patch_t = model.config.patch_size, model.config.get("patch_size_t") or 1
         return Grid.regular(height // patch, width // patch, frames // patch_t)
 
     def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
@@ -78,7 +54,7 @@ class CogVideoX(Anatomy):
         token = pipe.vae_scale_factor_spatial * config.patch_size
         latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
         # The pipeline rounds up to whole patches in time.
-        return Grid.regular(height // token, width // token, -(-latent_frames // (config.patch_size_t or 1)))
+        return Grid.regular(height // token, width // token, -(-latent_frames // (config.get("patch_size_t") or 1)))
 
     def prepare(self, pipe: Any, pixels: Sequence[Any], prompts: Sequence[str], seed: int, **text: Any) -> EncodeInputs:
         device, dtype, config = pipe._execution_device, pipe.transformer.dtype, pipe.transformer.config
@@ -101,8 +77,9 @@ class CogVideoX(Anatomy):
         )
 
     def clamped_concepts(self, model: Any) -> int:
-        # The position table of 2B has room for exactly this many text tokens.
-        return 3 if model.config.use_rotary_positional_embeddings else model.config.max_text_seq_length
+        # A position table, 2B's or the learned one of 5B-I2V, has room for exactly this many text tokens.
+        table = model.patch_embed.use_positional_embeddings or model.patch_embed.use_learned_positional_embeddings
+        return model.config.max_text_seq_length if table else 3
 
     def tiny(self, variant: str, batch: int) -> TinyModel:
         frames, height, width = (4 if variant == "1.5" else 3), 4, 6

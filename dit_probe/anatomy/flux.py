@@ -24,6 +24,8 @@ class Flux(Anatomy):
     pooled = True
     encoder = ("tokenizer_2", "text_encoder_2")
     timestep_scale = 1000.0
+    # FluxPipeline names its calls; image-to-image, inpainting and ControlNets call in the same order.
+    unlabelled_calls = ("cond", "uncond")
     variants = ("schnell", "dev")
     pipeline_variants = ("schnell",)
     tiny_call = {"height": 16, "width": 24, "max_sequence_length": 16}
@@ -46,7 +48,7 @@ class Flux(Anatomy):
     def entry(self, model: Any) -> nn.Module:
         return model.context_embedder
 
-    def conditioner(self, model: Any) -> nn.Module:
+    def conditioner(self, model: Any) -> nn.Module | None:
         return model.time_text_embed
 
     def grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
