@@ -87,6 +87,7 @@ class JoyImage(QwenVLPrompts):
         return pipe.prompt_template_encode["image"], pipe.prompt_template_encode_start_idx["image"]
 
     def reads_images(self, pipe: Any) -> bool:
+        # Unless the prompt is all that the stream holds, which `tokens` sees.
         return True
 
     def prepare(self, pipe: Any, pixels: Sequence[Any], prompts: Sequence[str], seed: int, **text: Any) -> EncodeInputs:
@@ -157,6 +158,7 @@ class JoyImagePlus(JoyImage):
     unlabelled_calls = ("cond",)
     variants = ("references", "masked")
     pipeline_variants = ("references",)
+    prepare = Anatomy.prepare
 
     def text_rotary(self, block: Block, arguments: Mapping[str, Any], places: Places, at: slice) -> None:
         return None
@@ -172,8 +174,6 @@ class JoyImagePlus(JoyImage):
             for text in texts
         ]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    prepare = Anatomy.prepare
 
     def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
         return self._planned(pipe, height, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,9 +107,13 @@ def check_format(group: zarr.Group, location: StorePath) -> None:
         )
 
 
+_FILTERS = threading.Lock()
+
+
 def commit(location: StorePath) -> None:
     """Make the present lengths of all arrays what readers see, in one atomic write."""
-    with warnings.catch_warnings():
+    # The filters are the process's: of two runs in two threads, one would undo the other's.
+    with _FILTERS, warnings.catch_warnings():
         # Consolidated metadata is not in the Zarr v3 specification yet; a reader that ignores it finds the same arrays.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(location)

@@ -1,0 +1,404 @@
+"""Pipelines that call their transformer otherwise: caches, guidance, adapters, ControlNets, images to begin with."""
+
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from robustness_cases import PROBE, call, caller, need, nothing_alike, same, unharmed, worst_replay
+from tracing_cases import SIZES, WORDS
+
+import dit_probe as dp
+from dit_probe import anatomy, stream, testing
+from dit_probe.errors import ModelError, TraceError
+
+# diffusers' own: FasterCache makes a grid without saying in which order, the ControlNet of Flux asks for a moved class.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed.*:FutureWarning"),
+]
+
+
+def replayed(pipe, run, **options):
+    """What is recorded of a call: output untouched, self-replay passes, nothing stays."""
+    ds = unharmed(pipe, run, **options)
+    assert max(worst_replay(pipe, run).values()) <= stream.tolerance(torch.float32)
+    return ds
+
+
+# --- Caches: what they skip is named, whatever was asked for; one that skips nothing passes
+
+
+STEPS = 4
+EVER = (-1, 1001)
+
+
+def clock(pipe):
+    """The timestep, for the caches that ask for it; the transformer may be called without a pipeline."""
+    return lambda: 500 if pipe.current_timestep is None else pipe.current_timestep
+
+
+def first_block(pipe, skips):
+    return "FirstBlockCacheConfig", {"threshold": 1e9 if skips else 0.0}
+
+
+def pyramid(pipe, skips):
+    options = {"spatial_attention_block_skip_range": 2 if skips else 1, "spatial_attention_timestep_skip_range": EVER}
+    return "PyramidAttentionBroadcastConfig", {**options, "current_timestep_callback": clock(pipe)}
+
+
+def faster(pipe, skips):
+    distilled = anatomy.find(pipe).family == "flux"  # else it leaves out half of the rows, too
+    return "FasterCacheConfig", {
+        "spatial_attention_block_skip_range": 2 if skips else 1,
+        "spatial_attention_timestep_skip_range": (-1, 990) if distilled else EVER,
+        "unconditional_batch_skip_range": 2 if skips else 1,
+        "unconditional_batch_timestep_skip_range": EVER,
+        "current_timestep_callback": clock(pipe),
+        "attention_weight_callback": lambda module: 0.3,
+        "is_guidance_distilled": distilled,
+        "tensor_format": "BFCHW",
+    }
+
+
+def taylor(pipe, skips):
+    return "TaylorSeerCacheConfig", {"cache_interval": 2, "disable_cache_before_step": 1 if skips else 10}
+
+
+def taylor_lite(pipe, skips):
+    name, options = taylor(pipe, skips)
+    return name, {**options, "use_lite_mode": True}
+
+
+def magnitude(pipe, skips):
+    ratios = {"mag_ratios": [0.5] * STEPS, "threshold": 10.0 if skips else 0.0, "retention_ratio": 0.1}
+    return "MagCacheConfig", {"num_inference_steps": STEPS, **ratios}
+
+
+def calibration(pipe, skips):
+    return "MagCacheConfig", {"num_inference_steps": STEPS, "calibrate": True}
+
+
+def enable(pipe, cache, skips=True, **options):
+    name, given = cache(pipe, skips)
+    need(name)
+    pipe.transformer.enable_cache(getattr(diffusers, name)(**given, **options))
+    return pipe
+
+
+ALL = "transformer_blocks.0, transformer_blocks.1, transformer_blocks.2"
+LATER = "transformer_blocks.1, transformer_blocks.2"
+CACHES = [
+    ("flux", first_block, rf"3 block\(s\) did not run their attention \({LATER}, single_transformer_blocks.0\)"),
+    ("flux", pyramid, rf"4 block\(s\) did not run their attention \({ALL}, single_transformer_blocks.0\)"),
+    ("flux", faster, rf"4 block\(s\) did not run their attention \({ALL}"),
+    ("flux", taylor, rf"4 block\(s\) did not run their attention \({ALL}"),
+    ("flux", taylor_lite, rf"4 block\(s\) did not run their attention \({ALL}"),
+    ("flux", magnitude, rf"4 block\(s\) did not run their attention \({ALL}"),
+    ("cogvideox", first_block, rf"2 block\(s\) did not run their attention \({LATER}\)"),
+    ("cogvideox", pyramid, rf"3 block\(s\) did not run their attention \({ALL}\)"),
+    ("cogvideox", faster, "transformer_blocks.0: ran on 1 rows of the 2 that the transformer was called on"),
+    ("cogvideox", magnitude, rf"3 block\(s\) did not run their attention \({ALL}\)"),
+]
+IDS = [f"{family}-{cache.__name__}" for family, cache, _ in CACHES]
+
+
+@pytest.mark.parametrize(("family", "cache", "message"), CACHES, ids=IDS)
+def test_what_a_cache_skips_is_named(family, cache, message):
+    pipe = enable(testing.tiny_pipeline(family), cache)
+    with pytest.raises(TraceError, match=message), dp.trace(pipe, PROBE, progress=False):
+        call(family, pipe, num_inference_steps=STEPS)
+    assert testing.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(("family", "cache"), [(*case[:2],) for case in CACHES] + [("flux", calibration)])
+def test_a_cache_that_skips_nothing(family, cache, pipelines):
+    pipe = enable(testing.tiny_pipeline(family), cache, skips=False)
+    ds = replayed(pipe, caller(family, num_inference_steps=STEPS))
+    assert same(ds, unharmed(pipelines(family), caller(family, num_inference_steps=STEPS)))
+
+
+@pytest.mark.parametrize("cache", [first_block, magnitude, pyramid])
+def test_steps_before_a_cache_skips_are_recorded(cache, pipelines):
+    """The steps that are not recorded are none of the trace's business, and go on with the cache."""
+    pipe = enable(testing.tiny_pipeline("flux"), cache)
+    probe = dp.Probe(WORDS, record=PROBE.record, layers="all", through="all", steps=[0])
+    run = caller("flux", num_inference_steps=STEPS)
+    ds = unharmed(pipe, run, probe)
+    assert same(ds, unharmed(pipelines("flux"), run, probe))
+    assert not torch.equal(run(pipe), run(pipelines("flux")))
+
+
+def test_a_block_that_ran_is_not_trusted_when_later_ones_are_skipped():
+    """FirstBlockCache makes up for the blocks that it skips in what the first one returns."""
+    pipe = enable(testing.tiny_pipeline("flux"), first_block)
+    with pytest.raises(TraceError, match=LATER):
+        unharmed(pipe, caller("flux"), dp.Probe(record=["x"], layers=[0]))
+
+
+@pytest.mark.parametrize("path", ["context_embedder", "transformer_blocks.1.ff_context"])
+def test_a_cache_on_what_the_concept_stream_calls_is_refused(path):
+    pipe = testing.tiny_pipeline("flux")
+    enable(pipe, taylor, cache_identifiers=[path])
+    with pytest.raises(ModelError, match=rf"TaylorSeerCacheHook on {path} keeps.*disable_cache\(\)"):
+        dp.trace(pipe, PROBE)
+    pipe.transformer.disable_cache()
+    with pytest.raises(ModelError, match=rf"TaylorSeerCacheHook on {path} keeps"), dp.trace(pipe, PROBE):
+        enable(pipe, taylor, cache_identifiers=[path])
+        call("flux", pipe)
+    assert testing.leftovers(pipe) == []
+
+
+def test_a_layer_that_is_left_out_is_named():
+    need("LayerSkipConfig")
+    from diffusers.hooks import apply_layer_skip
+
+    pipe = testing.tiny_pipeline("cogvideox")
+    apply_layer_skip(pipe.transformer, diffusers.LayerSkipConfig(indices=[1]))
+    with pytest.raises(TraceError, match=r"1 block\(s\) did not run their attention \(transformer_blocks.1\)"):
+        unharmed(pipe, caller("cogvideox"))
+
+
+# --- Guidance
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "cogvideox"])
+def test_every_row_of_a_guided_batch_is_its_own_sample(family, pipelines):
+    """In one call of all rows or in two calls: each sample's halves are those of its own call."""
+    pipe = pipelines(family)
+    guided = anatomy.find(pipe).guided_call
+    prompts = ["a sun in the sky", "a boat on water"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    with dp.trace(pipe, PROBE, branch="both", progress=False) as run:
+        options = {name: [value] * 2 if name == "negative_prompt" else value for name, value in guided.items()}
+        pipe(prompts, num_inference_steps=1, generator=generators, **SIZES[family], **options)
+    for row, prompt in enumerate(prompts):
+        with dp.trace(pipe, PROBE, branch="both", progress=False) as one:
+            generator = torch.Generator().manual_seed(1 + row)
+            pipe(prompt, num_inference_steps=1, generator=generator, **SIZES[family], **guided)
+        for name in ("o_x", "o_c"):
+            found, expected = run.dataset[name].isel(sample=row), one.dataset[name].isel(sample=0)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            assert not np.allclose(expected.sel(branch="cond"), expected.sel(branch="uncond"))
+
+
+def test_skip_layer_guidance_changes_nothing_in_the_step_before_it_acts(pipelines):
+    pipe = pipelines("sd3")
+    skips = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+    guided = replayed_pipe = unharmed(pipe, caller("sd3", **skips), branch="both")
+    usual = unharmed(pipe, caller("sd3"), branch="both")
+    assert same(guided.isel(step=[0]), usual.isel(step=[0]))
+    assert not np.array_equal(replayed_pipe.x.isel(step=1), usual.x.isel(step=1))
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(7.0, 3), (1.0, 2)])
+def test_perturbed_attention_guidance_is_refused(scale, rows):
+    """Without classifier-free guidance it doubles the rows, too: prompt first, perturbed second."""
+    need("StableDiffusion3PAGPipeline")
+    pipe = built("StableDiffusion3PAGPipeline", testing.tiny_pipeline("sd3"), pag_applied_layers="transformer_blocks.1")
+    probe = dp.Probe(record=["o_x"], layers=[0])
+    with pytest.raises(TraceError, match=f"{rows} rows for 1 samples.*not perturbed-attention guidance"):
+        unharmed(pipe, caller("sd3", pag_scale=2.0, guidance_scale=scale), probe)
+
+
+# --- Pipelines built of the tiny pipeline's parts
+
+
+def built(name, pipe, **more):
+    """Another pipeline around the same components."""
+    need(name)
+    takes = getattr(diffusers, name).__init__.__annotations__
+    parts = {key: part for key, part in pipe.components.items() if key in takes}
+    made = getattr(diffusers, name)(**parts, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def picture(width, height):
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def right_half(width, height):
+    return Image.fromarray(np.where(np.arange(width) < width // 2, 0, 255).astype(np.uint8)[None].repeat(height, 0))
+
+
+LANDSCAPE, SQUARE = (24, 16), (16, 16)
+GUIDED = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
+FROM_IMAGES = {
+    "FluxImg2ImgPipeline": ("flux", {"image": picture(*LANDSCAPE), "strength": 0.5}, [500, 250]),
+    "FluxInpaintPipeline": (
+        "flux",
+        {"image": picture(*LANDSCAPE), "mask_image": right_half(*LANDSCAPE), "strength": 0.75},
+        [750, 500, 250],
+    ),
+    "FluxKontextPipeline": (
+        "flux",
+        {"image": picture(*LANDSCAPE), "max_area": 16 * 24, "_auto_resize": False},
+        [1000, 750, 500, 250],
+    ),
+    "StableDiffusion3Img2ImgPipeline": ("sd3", {"image": picture(*SQUARE), "strength": 0.5}, [602, 9]),
+    "CogVideoXVideoToVideoPipeline": (
+        "cogvideox",
+        {"video": [picture(48, 32)] * 9, "strength": 0.5, "num_frames": None},
+        [250, 0],
+    ),
+}
+
+
+def times(pipe, run):
+    """Timesteps that the transformer is called with."""
+    found = []
+    time = anatomy.find(pipe).time
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(time(kwargs)), with_kwargs=True
+    )
+    run(pipe)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", FROM_IMAGES)
+def test_pipelines_that_begin_with_an_image(name, pipelines):
+    """Steps and timesteps are those that really run: part of the schedule."""
+    family, options, expected = FROM_IMAGES[name]
+    pipe = built(name, pipelines(family))
+
+    def run(pipe):
+        if name != "CogVideoXVideoToVideoPipeline":
+            return call(family, pipe, num_inference_steps=4, **options)
+        given = {"video": options["video"], "strength": 0.5, "height": 32, "width": 48, "num_inference_steps": 4}
+        return pipe(prompt="a sun", generator=torch.Generator().manual_seed(0), output_type="pt", **given).frames
+
+    ds = replayed(pipe, run)
+    assert ds.timestep.round().values.tolist() == expected
+    np.testing.assert_allclose(ds.timestep, times(pipe, run))
+    assert ds.step.values.tolist() == list(range(len(expected)))
+    assert np.isfinite(ds.sigma).all() and bool((np.diff(ds.sigma) < 0).all())
+
+
+def test_the_image_that_an_edit_starts_from_has_places_of_its_own(pipelines):
+    family, options, _ = FROM_IMAGES["FluxKontextPipeline"]
+    ds = unharmed(built("FluxKontextPipeline", pipelines(family)), caller(family, **options))
+    assert ds.patch_frame.values.tolist() == [0] * 24 + [1] * 24
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"])
+def test_two_call_guidance_that_no_name_tells_apart(name, pipelines):
+    """These call for the prompt first, for the negative one second, and do not say which."""
+    _, options, _ = FROM_IMAGES[name]
+    pipe = built(name, pipelines("flux"))
+    both = replayed(pipe, caller("flux", **options, **GUIDED), branch="both")
+    for branch, prompt in [("cond", "a sun in the sky"), ("uncond", "a boat")]:
+        alone = unharmed(pipe, caller("flux", **{**options, "prompt": prompt}))
+        np.testing.assert_allclose(both.o_x.sel(branch=branch).isel(step=0), alone.o_x.isel(step=0), atol=1e-5)
+    # In the second step it is clear that the first had no negative half.
+    whole = {**options, "strength": 1.0} if "strength" in options else options
+    with pytest.raises(TraceError, match="runs without classifier-free guidance"):
+        unharmed(pipe, caller("flux", **whole), branch="both")
+
+
+def test_a_scheduler_that_steps_twice(pipelines):
+    pipe = built("StableDiffusion3Pipeline", pipelines("sd3"))
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    ds = unharmed(pipe, caller("sd3", num_inference_steps=3))
+    np.testing.assert_allclose(ds.timestep, times(pipe, caller("sd3", num_inference_steps=3)))
+    assert ds.sizes["step"] == 5
+
+
+# --- ControlNet and IP-adapter
+
+
+def control(family, pipe):
+    config = pipe.transformer.config
+    shared = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    shared |= {key: config[key] for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim")}
+    torch.manual_seed(0)
+    if family == "flux":
+        net = diffusers.FluxControlNetModel(**shared, num_single_layers=1, axes_dims_rope=(4, 6, 6))
+    else:
+        shared |= {key: config[key] for key in ("sample_size", "caption_projection_dim", "out_channels")}
+        net = diffusers.SD3ControlNetModel(**shared, pos_embed_max_size=16)
+    return testing.randomise(net, seed=1)
+
+
+CONTROLLED = [("flux", "FluxControlNetPipeline", LANDSCAPE), ("sd3", "StableDiffusion3ControlNetPipeline", SQUARE)]
+
+
+@pytest.mark.parametrize(("family", "name", "size"), CONTROLLED)
+def test_controlnets(family, name, size, pipelines):
+    pipe = built(name, pipelines(family), controlnet=control(family, pipelines(family)))
+    options = {"control_image": picture(*size), **(GUIDED if family == "flux" else {})}
+    ds = replayed(pipe, caller(family, **options), branch="both")
+    off = unharmed(pipe, caller(family, **options, controlnet_conditioning_scale=0.0), branch="both")
+    # What it adds comes after the first block.
+    assert np.array_equal(ds.o_x.isel(step=0).sel(layer=0), off.o_x.isel(step=0).sel(layer=0))
+    assert nothing_alike(ds.isel(step=0).sel(layer=[1, 2]), off.isel(step=0).sel(layer=[1, 2]))
+
+
+def ip_adapter(pipe):
+    config, generator = pipe.transformer.config, torch.Generator().manual_seed(3)
+    inner, width = config.num_attention_heads * config.attention_head_dim, config.joint_attention_dim
+
+    def weight(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    projection = {"proj.weight": weight(4 * width, 20), "proj.bias": weight(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    layers = {
+        f"{layer}.{name}.{kind}": weight(*shape)
+        for layer in range(config.num_layers)
+        for name in ("to_k_ip", "to_v_ip")
+        for kind, shape in (("weight", (inner, width)), ("bias", (inner,)))
+    }
+    weights = {"image_proj": projection, "ip_adapter": layers}
+    pipe.load_ip_adapter(weights, weight_name=None, image_encoder_pretrained_model_name_or_path=None)
+
+
+def test_an_ip_adapter(pipelines):
+    """Attention modules return three things then, and attend twice."""
+    pipe = testing.tiny_pipeline("flux")
+    image = {f"{sign}ip_adapter_image_embeds": [torch.ones(1, 1, 20)] for sign in ("", "negative_")}
+    with dp.trace(pipe, PROBE, progress=False) as run:
+        ip_adapter(pipe)
+        during = call("flux", pipe, **image)
+    ds = replayed(pipe, caller("flux", **image))
+    assert torch.equal(during, call("flux", pipe, **image))
+    assert same(run.dataset, ds)
+    plain = unharmed(pipelines("flux"), caller("flux"))
+    assert np.array_equal(ds.o_x.isel(step=0).sel(layer=0), plain.o_x.isel(step=0).sel(layer=0))
+    assert nothing_alike(ds.isel(step=0).sel(layer=[1, 2, 3]), plain.isel(step=0).sel(layer=[1, 2, 3]))
+    both = replayed(pipe, caller("flux", **image, **GUIDED), branch="both")
+    np.testing.assert_allclose(both.o_x.sel(branch="cond").isel(step=0), ds.o_x.isel(step=0), atol=1e-5)
+
+
+# --- Threads
+
+
+@pytest.mark.parametrize("families", [("flux", "flux"), ("sd3", "cogvideox")])
+def test_two_traces_at_once_in_two_threads(families):
+    pipes = [testing.tiny_pipeline(family, seed=seed) for seed, family in enumerate(families)]
+    runs = [caller(family, height=16, width=16) if family == "flux" else caller(family) for family in families]
+    untraced = [run(pipe) for run, pipe in zip(runs, pipes, strict=True)]
+    alone = [unharmed(pipe, run) for run, pipe in zip(runs, pipes, strict=True)]
+    for _ in range(4):
+        outputs, found = [None, None], [None, None]
+        together = threading.Barrier(2)
+
+        def work(index, outputs=outputs, found=found, together=together):
+            together.wait()
+            with dp.trace(pipes[index], PROBE, progress=False) as trace:
+                outputs[index] = runs[index](pipes[index])
+            found[index] = trace.dataset.load()
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index, pipe in enumerate(pipes):
+            assert torch.equal(outputs[index], untraced[index])
+            assert same(found[index], alone[index])
+            assert testing.leftovers(pipe) == []
