@@ -296,16 +296,20 @@ class Hooks:
 
     def _image_and_prompt(self, call: stream.BlockCall) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
+        places = call.places
+        parts = {"x": (places.image, places.prompt), "p": (places.prompt, places.image)}
         for letter in "qkvo":
             found[f"{letter}_x"], found[f"{letter}_p"] = call.places.split(getattr(call.attention, letter))
         for letter in "qk":
             if letter in self._unrotated:
                 x, p = call.places.split(self._unrotated[letter])
                 found[f"{letter}_x_unrotated"], found[f"{letter}_p_unrotated"] = x, p
-            for token in "xp":
+            for token, (part, other) in parts.items():
                 name = f"{letter}_{token}"
-                if name in self._unrotated:
-                    found[f"{name}_unrotated"] = self._unrotated[name][:, : found[name].shape[1]]
+                if (whole := self._unrotated.get(name)) is not None:
+                    # The stream may hold more than these tokens; it begins or ends the joint sequence.
+                    start = part.start - (0 if part.start < other.start else places.total - whole.shape[1])
+                    found[f"{name}_unrotated"] = whole[:, start : start + part.stop - part.start]
                 elif not self._anatomy.unrotated(call.block, call.arguments):
                     found[f"{name}_unrotated"] = found[name]
         return found

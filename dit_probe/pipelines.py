@@ -107,7 +107,10 @@ def followed(pipe: Any, called: Callable[[Call], Any], stepped: Callable[[], Non
 
 @contextlib.contextmanager
 def context_names(transformer: Any, names: list[str]) -> Iterator[None]:
-    """Keep in `names` the name of the innermost ``cache_context`` ("cond", "uncond" …) while inside."""
+    """Keep in `names` the name of the innermost ``cache_context`` ("cond", "uncond" …) while inside.
+
+    Pipelines with a guider of diffusers' say "pred_cond" and "pred_uncond".
+    """
     original = getattr(transformer, "cache_context", None)
     if original is None:
         yield
@@ -115,7 +118,7 @@ def context_names(transformer: Any, names: list[str]) -> Iterator[None]:
 
     @contextlib.contextmanager
     def named(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        names.append(name)
+        names.append(name.removeprefix("pred_"))
         try:
             with original(name, *args, **kwargs) as value:
                 yield value

@@ -47,8 +47,7 @@ def watched(
         arguments = arguments_of(module, args, kwargs)
         now["places"] = anatomy.places(model, arguments)
         if change is not None and blocks[0].kind == "joint":
-            image, prompt = len(anatomy.grid(model, arguments)), now["places"].prompt_tokens
-            now["places"] = Places.of(image, prompt, text_first=anatomy.text_first)
+            now["places"] = anatomy.clamped_places(model, arguments)
 
     def hooks(block: Block) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

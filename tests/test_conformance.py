@@ -103,7 +103,15 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(concept
         model(**tiny.inputs)
 
     def as_the_prompt_has_it(layer):
-        return lambda module, args, kwargs: (args, {**kwargs, "emb": conditions[layer]["temb"]})
+        before = {"emb": conditions[layer]["temb"], **conditions[layer]}
+
+        def hook(module, args, kwargs):
+            mine = arguments_of(module, args, kwargs)
+            return (), {
+                name: before.get(name, value) if name.endswith("emb") else value for name, value in mine.items()
+            }
+
+        return hook
 
     # Only concepts get the zero vector: the image goes on being modulated as the prompt has it.
     for block in anatomy.find(model).blocks(model):

@@ -1,5 +1,6 @@
 """What `trace` does around a pipeline: untouched output, branches, steps, samples."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -10,6 +11,7 @@ from tracing_cases import SIZES, WORDS, generate, sites, traced
 import dit_probe as dp
 from dit_probe import stream, testing
 from dit_probe.errors import ConceptError, ProbeError, SiteError
+from dit_probe.pipelines import context_names
 from probes import ConceptAttention, CrossAttention, PromptAttention, ValueSpace
 
 EVERYTHING = ConceptAttention(WORDS, scores=("output", "value", "cross")) | CrossAttention(WORDS) | PromptAttention()
@@ -75,6 +77,18 @@ def test_two_call_guidance_is_told_apart(pipelines):
     _, positive = traced(pipe, ConceptAttention(WORDS, steps=[0]))
     np.testing.assert_allclose(both.o_x.sel(branch="uncond").isel(step=0), negative.o_x.isel(step=0), atol=1e-5)
     np.testing.assert_allclose(both.o_x.sel(branch="cond").isel(step=0), positive.o_x.isel(step=0), atol=1e-5)
+
+
+def test_names_that_guiders_give_are_branches_too():
+    class Model:
+        @contextlib.contextmanager
+        def cache_context(self, name):
+            yield name
+
+    model, names = Model(), []
+    with context_names(model, names), model.cache_context("pred_uncond") as given:
+        assert names == ["uncond"] and given == "pred_uncond"
+    assert names == [] and "cache_context" not in vars(model)
 
 
 def test_a_run_of_the_other_branch_is_verified_too(pipelines, monkeypatch):

@@ -132,7 +132,7 @@ class Anatomy:
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
         """Modules whose outputs are the unrotated ``q_x k_x q_p k_p``, or ``q k`` of the joint sequence.
 
-        Empty when the block rotates nothing: then they are what the attention call saw. What a stream holds after the
+        Empty when the block rotates nothing: then they are what the attention call saw. What a stream holds beside the
         image's or the prompt's tokens is cut off.
         """
         return {}
@@ -275,6 +275,11 @@ class Anatomy:
     def clamped_concepts(self, model: Any) -> int:
         """How many concepts the model takes as its prompt; fewer than a prompt's tokens where it lets us choose."""
         return 3
+
+    def clamped_places(self, model: Any, arguments: Mapping[str, Any]) -> Places:
+        """`places` in the model's run on concepts, of whose text stream `with_streams` has left nothing else."""
+        image, prompt = len(self.grid(model, arguments)), self.places(model, arguments).prompt_tokens
+        return Places.of(image, prompt, text_first=self.text_first)
 
     def clamp(self, block: Block, arguments: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """A block call of the model's run on concepts, put right for the comparison with the concept stream.
