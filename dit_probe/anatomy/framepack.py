@@ -49,7 +49,8 @@ class Framepack(HunyuanVideo):
         return _cut(arguments["hidden_states"], arguments["encoder_hidden_states"], places)
 
     def outputs(self, block: Block, output: Any, places: Places) -> tuple[Tensor, Tensor]:
-        return _cut(*output, places)
+        x, p = output
+        return _cut(x, p, places)
 
     def with_streams(
         self, block: Block, arguments: Mapping[str, Any], x: Tensor, p: Tensor, places: Places
