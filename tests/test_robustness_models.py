@@ -3,9 +3,11 @@
 import contextlib
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from robustness_cases import FAMILIES, PROBE, call, caller, nothing_alike, same, unharmed, worst_replay
 from torch import nn
 from tracing_cases import SIZES
@@ -132,9 +134,13 @@ def model_offload(pipe):
 
 def group_offload(kind):
     options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    return lambda pipe: pipe.transformer.enable_group_offload(
-        onload_device=CPU, offload_device=CPU, offload_type=kind, **options
-    )
+
+    def offload(pipe):
+        if Version(diffusers.__version__) < Version("0.40") and torch.accelerator.current_accelerator() is None:
+            pytest.skip("diffusers 0.39 asks torch for its accelerator before it offloads groups, and there is none")
+        pipe.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=kind, **options)
+
+    return offload
 
 
 OFFLOADS = {
