@@ -51,6 +51,12 @@ class RefinedText(Anatomy):
         *frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
         return Grid.regular(height, width, *frames)
 
+    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
+        config = pipe.transformer.config
+        token = pipe.vae_scale_factor_spatial * config.patch_size
+        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+        return Grid.regular(height // token, width // token, latent_frames // config.patch_size_t)
+
     def entry(self, model: Any) -> nn.Module:
         return model.context_embedder
 
@@ -91,12 +97,6 @@ class HunyuanVideo(RefinedText):
         )
         strings = pipe.tokenizer.convert_ids_to_tokens(encoded["input_ids"])[start:]
         return strings, [not mask for mask in encoded["attention_mask"][start:]]
-
-    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
-        config = pipe.transformer.config
-        token = pipe.vae_scale_factor_spatial * config.patch_size
-        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
-        return Grid.regular(height // token, width // token, latent_frames // config.patch_size_t)
 
     def tiny(self, variant: str, batch: int) -> TinyModel:
         from diffusers import HunyuanVideoTransformer3DModel

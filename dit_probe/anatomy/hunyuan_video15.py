@@ -52,12 +52,6 @@ class HunyuanVideo15(RefinedText):
         # How many real tokens stand before the prompt's differs from row to row.
         return [""] * length, [False] * length
 
-    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
-        config = pipe.transformer.config
-        token = pipe.vae_scale_factor_spatial * config.patch_size
-        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
-        return Grid.regular(height // token, width // token, latent_frames // config.patch_size_t)
-
     def tiny(self, variant: str, batch: int) -> TinyModel:
         from diffusers import HunyuanVideo15Transformer3DModel
 

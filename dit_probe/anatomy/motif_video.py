@@ -54,12 +54,6 @@ class MotifVideo(RefinedText):
         parts = pipe.text_encoder, pipe.tokenizer, list(texts)
         return pipe._get_prompt_embeds(*parts, max_sequence_length=limit, device=pipe._execution_device)[0]
 
-    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
-        config = pipe.transformer.config
-        token = pipe.vae_scale_factor_spatial * config.patch_size
-        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
-        return Grid.regular(height // token, width // token, latent_frames // config.patch_size_t)
-
     def tiny(self, variant: str, batch: int) -> TinyModel:
         from diffusers import MotifVideoTransformer3DModel
 
