@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit_probe.anatomy.block import Projection, TextContext, TextSide
+from dit_probe.anatomy.block import Block, Projection, TextContext, TextSide
+
+
+def qk_norms(block: Block) -> dict[str, nn.Module]:
+    """The norms that q and k pass last before they are rotated, for `Anatomy.unrotated`."""
+    attention = block.attention
+    shared = {"q": attention.norm_q, "k": attention.norm_k}
+    if block.kind == "single":
+        return shared
+    added = {"q_p": attention.norm_added_q, "k_p": attention.norm_added_k}
+    return {f"{name}_x": norm for name, norm in shared.items()} | added
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_probe.anatomy.ada_zero import AdaZeroText
+from dit_probe.anatomy.ada_zero import AdaZeroText, qk_norms
 from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
 from dit_probe.anatomy.block import (
     Block,
@@ -89,15 +89,7 @@ class Flux2(Anatomy):
         return interleaved(arguments["image_rotary_emb"], places.in_joint(at))
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
-        attention = block.attention
-        if block.kind == "single":
-            return {"q": attention.norm_q, "k": attention.norm_k}
-        return {
-            "q_x": attention.norm_q,
-            "k_x": attention.norm_k,
-            "q_p": attention.norm_added_q,
-            "k_p": attention.norm_added_k,
-        }
+        return qk_norms(block)
 
     def entry(self, model: Any) -> nn.Module:
         return model.context_embedder

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_probe.anatomy.ada_zero import AdaZeroText, ParallelText
+from dit_probe.anatomy.ada_zero import AdaZeroText, ParallelText, qk_norms
 from dit_probe.anatomy.base import Anatomy, TinyModel
 from dit_probe.anatomy.block import Block, Grid, TextContext
 
@@ -38,11 +38,7 @@ class RefinedText(Anatomy):
     returns_text_first = False
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
-        attention = block.attention
-        if block.kind == "single":
-            return {"q": attention.norm_q, "k": attention.norm_k}
-        image = {"q_x": attention.norm_q, "k_x": attention.norm_k}
-        return {**image, "q_p": attention.norm_added_q, "k_p": attention.norm_added_k}
+        return qk_norms(block)
 
     def grid(self, model: Any, arguments: Mapping[str, Any]) -> Grid:
         sizes, patch = arguments["hidden_states"].shape[2:], model.config.patch_size

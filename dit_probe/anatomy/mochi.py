@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_probe.anatomy.ada_zero import AdaZeroText
+from dit_probe.anatomy.ada_zero import AdaZeroText, qk_norms
 from dit_probe.anatomy.base import Anatomy, TinyModel, TinyParts
 from dit_probe.anatomy.block import Block, Grid, Projection, TextContext
 from dit_probe.attention import AttentionCall
@@ -49,13 +49,7 @@ class Mochi(Anatomy):
         return model.config.pooled_projection_dim
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
-        attention = block.attention
-        return {
-            "q_x": attention.norm_q,
-            "k_x": attention.norm_k,
-            "q_p": attention.norm_added_q,
-            "k_p": attention.norm_added_k,
-        }
+        return qk_norms(block)
 
     def entry(self, model: Any) -> nn.Module:
         return model.time_embed.caption_proj

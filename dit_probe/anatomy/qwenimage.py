@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_probe.anatomy.ada_zero import qk_norms
 from dit_probe.anatomy.base import EncodeInputs, TinyModel, TinyParts, draw_noise
 from dit_probe.anatomy.block import Block, Grid, Places, Rotary, TextContext, interleaved
 from dit_probe.anatomy.qwen_vl import TINY_WIDTH, QwenVLPrompts, tiny_text_encoder, tiny_vae
@@ -58,13 +59,7 @@ class QwenImage(QwenVLPrompts):
         return interleaved(table, slice(None))
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
-        attention = block.attention
-        return {
-            "q_x": attention.norm_q,
-            "k_x": attention.norm_k,
-            "q_p": attention.norm_added_q,
-            "k_p": attention.norm_added_k,
-        }
+        return qk_norms(block)
 
     def entry(self, model: Any) -> nn.Module:
         return model.txt_in
