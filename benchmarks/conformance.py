@@ -21,11 +21,11 @@ from dit_probe.anatomy import coverage, families
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 MARK = "<!-- What follows is written by benchmarks/conformance.py. -->"
 HEADS = {
-    "replay_o": "self-replay o",
-    "replay_p": "self-replay stream",
-    "clamped_o": "clamped o_c",
-    "clamped_c": "clamped c",
-    "equation": "equation (4)",
+    "replay_o": "replay `o_p`",
+    "replay_p": "replay `p`",
+    "clamped_o": "clamped `o_c`",
+    "clamped_c": "clamped `c`",
+    "equation": "eq. (4)",
 }
 
 
@@ -52,15 +52,19 @@ def merge(old: dict, new: dict) -> dict:
 
 
 def markdown(table: dict) -> str:
-    heads = ["family", "models", "variants", "blocks", *HEADS.values(), "output", "diffusers"]
+    heads = ["family and model", "variants", "blocks", *HEADS.values(), "diffusers"]
     rows = [heads, ["---"] * len(heads)]
     for family, found in table.items():
-        models = ", ".join(f"`{name}`" for name in families()[family].classes)
-        figures = [f"{found['maxima'][name]:.1e}" if name in found["maxima"] else "-" for name in HEADS]
+        models = "".join(f"<br>`{name}`" for name in families()[family].classes)
+        figures = [_figure(found["maxima"].get(name)) for name in HEADS]
         names = ", ".join(found["variants"]), ", ".join(found["kinds"])
-        rows.append([family, models, *names, *figures, "equal", ", ".join(found["versions"])])
+        rows.append([f"**{family}**{models}", *names, *figures, ", ".join(found["versions"])])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
 def main() -> None:
