@@ -17,7 +17,11 @@ from dit_probe.errors import ReplayError
 
 CASES = testing.cases()
 WITH_CONCEPTS = testing.cases(concepts=True)
-DTYPES = [torch.float32, torch.bfloat16]
+EVERY_SIZE = pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16)],
+    ids=["one", "two", "two in bfloat16"],
+)
 VECTORS = [f"{letter}_{token}" for letter in "qkvo" for token in "xpc"]
 RESIDUALS = ["x", "p", "c"]
 
@@ -68,8 +72,7 @@ def concept_case(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@EVERY_SIZE
 def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     differences = testing.replay_differences(tiny.transformer, lambda: tiny.transformer(**tiny.inputs))
@@ -79,8 +82,7 @@ def test_replaying_the_prompt_gives_the_prompt(case, batch, dtype):
         assert differences[block.layer].keys() == ({"o_p", "p"} if block.text_output else {"o_p"})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@EVERY_SIZE
 def test_concept_stream_equals_the_model_run_on_concepts(concept_case, batch, dtype):
     tiny = testing.tiny_model(*concept_case, batch=batch, dtype=dtype)
     expected = testing.clamped(tiny.transformer, tiny.inputs, tiny.concepts.expand(batch, -1, -1))
@@ -125,8 +127,7 @@ def test_zero_pooled_equals_the_model_run_on_concepts_with_a_zero_vector(concept
             close(ds[name].sel(layer=layer).isel(step=0), numpy(value))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@EVERY_SIZE
 def test_equation_4_holds_on_what_was_stored(concept_case, batch, dtype, tmp_path):
     tiny = testing.tiny_model(*concept_case, batch=batch, dtype=dtype)
     traced(tiny, everywhere(tiny, record=VECTORS), store=tmp_path / "run.zarr")
@@ -155,8 +156,7 @@ def nothing_but_image_and_prompt(tiny) -> bool:
     return all(found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@EVERY_SIZE
 def test_output_is_untouched_and_nothing_stays_hooked(case, batch, dtype):
     tiny = testing.tiny_model(*case, batch=batch, dtype=dtype)
     before = predict(tiny)
@@ -169,8 +169,7 @@ def test_output_is_untouched_and_nothing_stays_hooked(case, batch, dtype):
     assert testing.leftovers(tiny.transformer) == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@EVERY_SIZE
 def test_concepts_are_a_set(concept_case, batch, dtype):
     tiny = testing.tiny_model(*concept_case, batch=batch, dtype=dtype)
     order = torch.arange(len(tiny.concepts)).flip(0)
