@@ -65,6 +65,21 @@ def worst_replay(pipe, run):
     return worst
 
 
+@torch.no_grad()
+def untraced(pipe, run):
+    """``x`` and ``o_x`` by layer, of the prompt's row in the last step, as hooks apart from a trace's see them."""
+    family, found = dp.anatomy.find(pipe), {}
+
+    def see(call, output):
+        x, _ = family.outputs(call.block, output, call.places)
+        o, _ = call.places.split(call.attention.o)
+        found[call.block.layer] = {"x": x[-1].numpy(), "o_x": o[-1].numpy()}
+
+    with testing.watched(pipe, see):
+        run(pipe)
+    return found
+
+
 def same(one, other):
     """Whether two datasets hold the same activations, bit for bit."""
     return all(np.array_equal(one[name], other[name], equal_nan=True) for name in PROBE.record)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from robustness_cases import FAMILIES, PROBE, call, caller, nothing_alike, same, unharmed, worst_replay
+from robustness_cases import FAMILIES, PROBE, call, caller, nothing_alike, same, unharmed, untraced, worst_replay
 from torch import nn
 from tracing_cases import SIZES
 
@@ -52,10 +52,14 @@ def replayed(family, pipe):
 
 
 def verified(family, pipe):
-    """The same where values change: then ``o_c`` and ``c`` are also what the changed model itself makes of concepts."""
+    """The same where values change: image and concepts are then also what the changed model itself makes of them."""
     found = dp.verify(pipe, **SIZES[family])
     assert found.ok, str(found)
-    return replayed(family, pipe)
+    ds = replayed(family, pipe)
+    for layer, values in untraced(pipe, caller(family)).items():
+        for name, value in values.items():
+            assert np.array_equal(ds[name].sel(layer=layer).isel(sample=0, step=-1), value)
+    return ds
 
 
 # --- LoRA

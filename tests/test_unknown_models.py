@@ -1,6 +1,5 @@
 """Models that dit-probe does not know: described by their user in one file, guessed, or run on the concepts."""
 
-import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -33,7 +32,13 @@ def toy(tmp_path):
 
     yield load
     sys.modules.pop("mine", None)
-    gc.collect()
+
+
+@pytest.fixture
+def undescribed(monkeypatch):
+    """Forget the toy's description: a class lives as long as anything refers to it."""
+    every = anatomy.families
+    monkeypatch.setattr(anatomy, "families", lambda: {name: kind for name, kind in every().items() if name != "toy"})
 
 
 @pytest.fixture
@@ -109,15 +114,12 @@ def test_where_no_guess_replays_the_model_itself_is_run(stranger, monkeypatch, b
         run(tiny, dp.Probe(NAMES, record=["o_c"], attends="image"))
 
 
-def test_the_real_candidates_fall_back_by_themselves(toy):
-    module = toy()
+def test_the_real_candidates_fall_back_by_themselves(toy, request):
+    toy()
     tiny = testing.tiny_model("toy")
     _, expected = run(tiny)
-    # The same file without its description.
-    del module.Toy, expected.attrs["identity"]
+    request.getfixturevalue("undescribed")
     stranger = toy(TOY.split("class ToyText")[0]).ToyTransformer()
-    gc.collect()
-    assert "toy" not in anatomy.families()
     stranger.load_state_dict(tiny.transformer.state_dict())
     with torch.no_grad(), pytest.warns(ModelWarning, match="no guess of its text side replays"):  # noqa: SIM117
         with dp.trace(stranger, EVERYTHING, concepts=tiny.concepts, progress=False) as trace:
@@ -125,7 +127,7 @@ def test_the_real_candidates_fall_back_by_themselves(toy):
     same(trace.dataset.load(), expected)
 
 
-def test_a_model_that_does_not_hold_its_image_is_refused(toy):
+def test_a_model_that_does_not_hold_its_image_is_refused(toy, undescribed):
     # The image stream enters the joint attention scaled by the text's first token: no run on other text can hold it.
     changed = TOY.split("class ToyText")[0].replace("self.image(x), ", "self.image(x * p[:, :1]), ")
     model = toy(changed).ToyTransformer()
