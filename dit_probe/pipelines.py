@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_probe.errors import TraceError
+
 
 @dataclass(frozen=True)
 class Call:
@@ -170,6 +172,9 @@ def _read(run: Callable[[], Any], arguments: Mapping[str, Any]) -> Call:
         # Ideogram's call may have the prompt rewritten by a language model before it is encoded.
         rewritten = arguments.get("prompt_upsampling")
         texts[branch] = list(text) if all(other is None for other in others) and not rewritten else [None] * len(labels)
+    if (arguments.get("num_videos_per_prompt") or 1) > 1:
+        # Some pipelines ignore it, and two videos of one prompt would look like the halves of guidance.
+        raise TraceError("num_videos_per_prompt cannot be traced; give a list that has the prompt as often")
     copies = arguments.get("num_images_per_prompt") or 1
     rows = len(labels) * copies
     generators = arguments.get("generator")

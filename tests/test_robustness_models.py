@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from robustness_cases import FAMILIES, PROBE, call, caller, nothing_alike, same, unharmed, untraced, worst_replay
+from robustness_cases import (
+    FAMILIES,
+    PROBE,
+    call,
+    caller,
+    nothing_alike,
+    replayed,
+    same,
+    unharmed,
+    untraced,
+    worst_replay,
+)
 from torch import nn
 from tracing_cases import SIZES
 
 import dit_probe as dp
-from dit_probe import anatomy, store, stream, testing
+from dit_probe import anatomy, store, testing
 from dit_probe.anatomy import TextSide
 from dit_probe.errors import ModelError, ReplayError, TraceError
 
@@ -43,19 +54,11 @@ def pipe(family):
     return testing.tiny_pipeline(family)
 
 
-def replayed(family, pipe):
-    """What is recorded of a changed model: output untouched, self-replay passes, nothing stays."""
-    ds = unharmed(pipe, caller(family))
-    worst = worst_replay(pipe, caller(family))
-    assert max(worst.values()) <= stream.tolerance(torch.float32), worst
-    return ds
-
-
 def verified(family, pipe):
-    """The same where values change: image and concepts are then also what the changed model itself makes of them."""
+    """`replayed`, where values change: image and concepts are what the changed model itself makes of them."""
     found = dp.verify(pipe, **SIZES[family])
     assert found.ok, str(found)
-    ds = replayed(family, pipe)
+    ds = replayed(pipe, caller(family))
     for layer, values in untraced(pipe, caller(family)).items():
         for name, value in values.items():
             assert np.array_equal(ds[name].sel(layer=layer).isel(sample=0, step=-1), value)
@@ -81,7 +84,7 @@ def test_lora_acts_on_what_is_recorded(family, pipe, plain):
     adapted = verified(family, pipe)
     assert nothing_alike(adapted, plain(family))
     pipe.transformer.disable_adapters()
-    assert same(replayed(family, pipe), plain(family))
+    assert same(replayed(pipe, caller(family)), plain(family))
 
 
 def test_lora_attached_inside_an_open_trace(family, pipe, plain):
@@ -90,7 +93,7 @@ def test_lora_attached_inside_an_open_trace(family, pipe, plain):
         add_lora(pipe)
         during = call(family, pipe)
     assert testing.leftovers(pipe) == []
-    adapted = replayed(family, pipe)
+    adapted = replayed(pipe, caller(family))
     assert torch.equal(during, call(family, pipe))
     assert same(run.dataset.isel(sample=[0]), plain(family))
     assert same(run.dataset.isel(sample=[1]), adapted)
@@ -107,7 +110,7 @@ def test_lora_with_live_dropout_is_refused():
     with pytest.raises(ModelError, match="training mode with dropout"):
         dp.trace(pipe, PROBE)
     pipe.transformer.eval()
-    replayed("flux", pipe)
+    replayed(pipe, caller("flux"))
 
 
 def test_a_model_wrapped_by_peft_is_refused():
@@ -117,7 +120,7 @@ def test_a_model_wrapped_by_peft_is_refused():
     with pytest.raises(ModelError, match=r"PeftModel is a wrapper of peft's.*get_base_model\(\)"):
         dp.trace(pipe, PROBE)
     pipe.transformer = pipe.transformer.get_base_model().eval()
-    replayed("flux", pipe)
+    replayed(pipe, caller("flux"))
 
 
 # --- Offloading: weights come and go; what is recorded stays the same, bit for bit
@@ -128,12 +131,6 @@ def cpu_offload(pipe):
     from accelerate import cpu_offload
 
     cpu_offload(pipe.transformer, CPU)
-
-
-def model_offload(pipe):
-    from accelerate import cpu_offload_with_hook
-
-    cpu_offload_with_hook(pipe.transformer, CPU)
 
 
 def group_offload(kind):
@@ -149,7 +146,6 @@ def group_offload(kind):
 
 OFFLOADS = {
     "accelerate's cpu_offload": cpu_offload,
-    "accelerate's cpu_offload_with_hook": model_offload,
     "enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "group offload of blocks": group_offload("block_level"),
     "group offload of leaves": group_offload("leaf_level"),
@@ -159,7 +155,7 @@ OFFLOADS = {
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
 def test_offloaded_weights(family, pipe, plain, offload):
     offload(pipe)
-    assert same(replayed(family, pipe), plain(family))
+    assert same(replayed(pipe, caller(family)), plain(family))
 
 
 def test_weights_really_leave_between_calls():
@@ -352,7 +348,7 @@ BACKENDS = ["native", "_native_math", "flex"]
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_backends(family, pipe, plain, backend):
     pipe.transformer.set_attention_backend(backend)
-    ds = replayed(family, pipe)
+    ds = replayed(pipe, caller(family))
     for name in PROBE.record:
         np.testing.assert_allclose(ds[name], plain(family)[name], atol=1e-5)
 
@@ -362,5 +358,5 @@ def test_an_attention_backend_for_some_calls(plain):
 
     pipe = testing.tiny_pipeline("flux")
     with attention_backend("_native_math"):
-        ds = replayed("flux", pipe)
+        ds = replayed(pipe, caller("flux"))
     np.testing.assert_allclose(ds.o_c, plain("flux").o_c, atol=1e-5)

@@ -2,10 +2,13 @@
 
 History tokens and the tokens of the first image (at the head of the text stream) are read by image, prompt and, were
 they let, by concepts; the paper's concepts read the image that is being made and each other, and so they do here.
+The pipeline makes a long video window by window, each with steps of its own; the first window's are recorded, which is
+the video's end unless it samples forward (``sampling_type="vanilla"``).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_probe.anatomy.base import TinyModel
+from dit_probe.anatomy.base import Anatomy, TinyModel
 from dit_probe.anatomy.block import Block, Grid, Places
 from dit_probe.anatomy.hunyuan_video import HunyuanVideo, padded
 
@@ -27,10 +30,12 @@ class Framepack(HunyuanVideo):
     family = "framepack"
     classes = ("HunyuanVideoFramepackTransformer3DModel",)
     variants = ("guided", "unguided")
+    pipeline_variants = ()
+    prepare = Anatomy.prepare
 
     def prompt_tokens(self, model: Any, arguments: Mapping[str, Any]) -> int:
         mask = arguments["encoder_attention_mask"]
-        return int(mask.sum()) if len(mask) == 1 else mask.shape[1]
+        return int(mask.sum(dtype=torch.int)) if len(mask) == 1 else mask.shape[1]
 
     def places(self, model: Any, arguments: Mapping[str, Any]) -> Places:
         history = sum(
@@ -41,6 +46,11 @@ class Framepack(HunyuanVideo):
         start = image.stop + arguments["image_embeds"].shape[1]
         prompt = slice(start, start + self.prompt_tokens(model, arguments))
         return Places(image, prompt, prompt.stop)
+
+    def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
+        # Whatever the length of the video, it is made in windows of as many latent frames.
+        window = inspect.signature(type(pipe).__call__).parameters["latent_window_size"].default
+        return super().planned_grid(pipe, height, width, (window - 1) * pipe.vae_scale_factor_temporal + 1)
 
     def clamped_places(self, model: Any, arguments: Mapping[str, Any]) -> Places:
         return self.places(model, arguments)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_probe.anatomy.base import Anatomy, TinyModel
+from dit_probe.anatomy.base import Anatomy, TinyModel, TinyParts
 from dit_probe.anatomy.block import Block, Grid, Places
 from dit_probe.anatomy.hunyuan_video import RefinedText, padded
+from dit_probe.anatomy.qwen_vl import tiny_vae
 
 
 class MotifVideo(RefinedText):
@@ -23,6 +24,9 @@ class MotifVideo(RefinedText):
     family = "motif-video"
     classes = ("MotifVideoTransformer3DModel",)
     variants = ("unmasked", "masked", "decoder", "first-frame")
+
+    pipeline_variants = ("masked",)
+    tiny_call = {"height": 8, "width": 12, "num_frames": 3, "max_sequence_length": 16}
 
     embed = Anatomy.embed
 
@@ -55,23 +59,7 @@ class MotifVideo(RefinedText):
         return pipe._get_prompt_embeds(*parts, max_sequence_length=limit, device=pipe._execution_device)[0]
 
     def tiny(self, variant: str, batch: int) -> TinyModel:
-        from diffusers import MotifVideoTransformer3DModel
-
-        model = MotifVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            num_single_layers=3 if variant == "decoder" else 2,
-            num_decoder_layers=1 if variant == "decoder" else 0,
-            patch_size=2,
-            text_embed_dim=24,
-            image_embed_dim=10 if variant == "first-frame" else None,
-            rope_axes_dim=(4, 6, 6),
-            enable_text_cross_attention_dual=variant == "masked",
-            enable_text_cross_attention_single=variant in ("masked", "decoder"),
-        )
+        model = _transformer(variant, text_width=24)
         inputs = {
             "hidden_states": torch.randn(batch, 4, 2, 4, 6),
             "encoder_hidden_states": torch.randn(batch, 5, 24),
@@ -82,3 +70,37 @@ class MotifVideo(RefinedText):
         if variant == "first-frame":
             inputs["image_embeds"] = torch.randn(batch, 3, 10)
         return TinyModel(model, inputs, Grid.regular(2, 3, 2), torch.randn(3, 24))
+
+    def tiny_pipeline(self, variant: str, parts: TinyParts) -> Any:
+        import diffusers
+
+        tokenizer, t5 = parts.t5()
+        return diffusers.MotifVideoPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_vae(diffusers.AutoencoderKLWan, scale_factor_spatial=2, scale_factor_temporal=2),
+            text_encoder=t5,  # the real one, of T5Gemma, is called in the same way
+            tokenizer=tokenizer,
+            # Latents, those of a first frame, and the mask of the latter.
+            transformer=_transformer(variant, text_width=parts.t5_width, in_channels=9),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+        )
+
+
+def _transformer(variant: str, *, text_width: int, in_channels: int = 4) -> Any:
+    from diffusers import MotifVideoTransformer3DModel
+
+    return MotifVideoTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=3 if variant == "decoder" else 2,
+        num_decoder_layers=1 if variant == "decoder" else 0,
+        patch_size=2,
+        text_embed_dim=text_width,
+        image_embed_dim=10 if variant == "first-frame" else None,
+        rope_axes_dim=(4, 6, 6),
+        enable_text_cross_attention_dual=variant == "masked",
+        enable_text_cross_attention_single=variant in ("masked", "decoder"),
+    )
