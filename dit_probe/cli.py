@@ -226,7 +226,8 @@ def models() -> None:
     table = Table("family", "models", "blocks", "recorded", "checks, and their worst difference", "diffusers")
     for name, anatomy in sorted(families().items()):
         checked = coverage.of(name)
-        concepts = "x p c" if "joint" in checked.kinds else "x p, c by extension"
+        extended = "x p" if anatomy.no_concepts else "x p, c by extension"
+        concepts = "x p c" if "joint" in checked.kinds else extended
         worst = f"{len(checked.maxima)}: {max(checked.maxima.values()):.1e}" if checked.maxima else "not measured"
         kinds, versions = " ".join(checked.kinds), ", ".join(checked.versions)
         table.add_row(name, "\n".join(anatomy.classes), kinds, f"q k v o of {concepts}", worst, versions)
