@@ -188,7 +188,7 @@ def plan(
         model,
         probes,
         grid=anatomy.planned_grid(pipe, height, width, frames),
-        prompt_tokens=anatomy.planned_prompt_tokens(max_sequence_length or anatomy.text_limit(pipe)),
+        prompt_tokens=anatomy.planned_prompt_tokens(pipe, max_sequence_length or anatomy.text_limit(pipe)),
         concepts=len(stream.concepts) if stream else 0,
         timesteps=[float("nan")] * steps,
         sigmas=[float("nan")] * steps,

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 import dit_probe.demo as demo
 from dit_probe.datasets.scenes import BACKGROUNDS, scene
 from dit_probe.demo.autoencoder import to_pixels
-from dit_probe.demo.model import Denoiser, positions, save
+from dit_probe.demo.denoiser import save
+from dit_probe.demo.flux import FluxDenoiser, positions
 from dit_probe.demo.muon import Muon
 from dit_probe.demo.text import TRAINED, WORDS, clip_tokenizer, t5_tokenizer
 from dit_probe.demo.train import main
@@ -149,7 +150,7 @@ def test_recipe_runs_resumes_and_saves_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_saved_pipeline_computes_what_was_trained(tmp_path: Path, pipe: FluxPipeline) -> None:
-    model = Denoiser()
+    model = FluxDenoiser()
     model.transformer.load_state_dict(pipe.transformer.state_dict())
     save(model, pipe.vae, tmp_path)
     again = FluxPipeline.from_pretrained(tmp_path)

@@ -239,7 +239,7 @@ class Anatomy:
         token = pipe.vae_scale_factor * 2
         return Grid.regular(height // token, width // token)
 
-    def planned_prompt_tokens(self, limit: int) -> int:
+    def planned_prompt_tokens(self, pipe: Any, limit: int) -> int:
         """Length of the prompt stream when the text encoder gives `limit` tokens."""
         return limit
 

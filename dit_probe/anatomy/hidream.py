@@ -140,7 +140,7 @@ class HiDream(Anatomy):
         scale = pipe.default_sample_size * pipe.vae_scale_factor / (width * height) ** 0.5
         return Grid.regular(int(height * scale // token), int(width * scale // token))
 
-    def planned_prompt_tokens(self, limit: int) -> int:
+    def planned_prompt_tokens(self, pipe: Any, limit: int) -> int:
         return 2 * limit
 
     def tiny(self, variant: str, batch: int) -> TinyModel:

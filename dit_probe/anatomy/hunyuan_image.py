@@ -36,7 +36,7 @@ class HunyuanImage(RefinedText):
         nothing = {"encoder_hidden_states_2": None, "encoder_attention_mask_2": None}
         return {**super().with_prompt(inputs, embeddings), **nothing}
 
-    def planned_prompt_tokens(self, limit: int) -> int:
+    def planned_prompt_tokens(self, pipe: Any, limit: int) -> int:
         return _BYT5_TOKENS + limit
 
     def text_limit(self, pipe: Any) -> int:

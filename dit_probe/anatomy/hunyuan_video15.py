@@ -45,7 +45,7 @@ class HunyuanVideo15(RefinedText):
         others = ("encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds")
         return {**super().with_prompt(inputs, embeddings), **{name: inputs[name][:, :0] for name in others}}
 
-    def planned_prompt_tokens(self, limit: int) -> int:
+    def planned_prompt_tokens(self, pipe: Any, limit: int) -> int:
         return _IMAGE_TOKENS + _BYT5_TOKENS + limit
 
     def text_limit(self, pipe: Any) -> int:

@@ -15,8 +15,6 @@ from dit_probe.anatomy.ada_zero import AdaZeroText
 from dit_probe.anatomy.base import Anatomy, EncodeInputs, TinyModel, TinyParts, draw_noise
 from dit_probe.anatomy.block import Grid
 
-_CLIP_TOKENS = 77
-
 
 class SD3(Anatomy):
     """`SD3Transformer2DModel`."""
@@ -56,14 +54,15 @@ class SD3(Anatomy):
         token = pipe.vae_scale_factor * pipe.transformer.config.patch_size
         return Grid.regular(height // token, width // token)
 
-    def planned_prompt_tokens(self, limit: int) -> int:
-        return _CLIP_TOKENS + limit
+    def planned_prompt_tokens(self, pipe: Any, limit: int) -> int:
+        return pipe.tokenizer_max_length + limit
 
     def tokens(self, pipe: Any, prompt: str, length: int) -> tuple[list[str], list[bool]]:
-        clip = pipe.tokenizer(prompt, padding="max_length", max_length=_CLIP_TOKENS, truncation=True)
+        clip_length = pipe.tokenizer_max_length
+        clip = pipe.tokenizer(prompt, padding="max_length", max_length=clip_length, truncation=True)
         strings = pipe.tokenizer.convert_ids_to_tokens(clip["input_ids"])
         pads = [not mask for mask in clip["attention_mask"]]
-        t5_strings, t5_pads = super().tokens(pipe, prompt, length - _CLIP_TOKENS)
+        t5_strings, t5_pads = super().tokens(pipe, prompt, length - clip_length)
         return strings + t5_strings, pads + t5_pads
 
     def pooled_vectors(self, pipe: Any, words: Sequence[str]) -> Tensor:

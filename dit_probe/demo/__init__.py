@@ -5,15 +5,12 @@ without any code of ours. How each was made is in its `README.md`; `python -m di
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_probe.errors import DitProbeError
 
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
-
 SAMPLE_SIZE = 64
-"""Pixels a side of the pictures that the demo models were trained on."""
+"""Pixels a side of the pictures that the demo models of images were trained on."""
 
 
 class DemoError(DitProbeError):
@@ -45,15 +42,15 @@ def path(name: str) -> Path:
     return Path(__file__).parent / name
 
 
-def load(name: str = "flux-picturebook", **from_pretrained: Any) -> "FluxPipeline":
+def load(name: str = "flux-picturebook", **from_pretrained: Any) -> Any:
     """Load a demo model as an ordinary pipeline.
 
-    The one thing set on it is the default size: a stock `FluxPipeline` asked for no height and width draws
-    128 x 128 latents, which is sixteen times the area that this model knows; here it draws 64 x 64 pixels.
+    A stock `FluxPipeline` asked for no height and width draws 128 x 128 latents, sixteen times the area that
+    flux-picturebook knows; here it draws 64 x 64 pixels. Nothing else is set on any of them.
 
     Args:
         name: One of `names()`.
-        **from_pretrained: Passed on to `FluxPipeline.from_pretrained`, for example `torch_dtype`.
+        **from_pretrained: Passed on to `DiffusionPipeline.from_pretrained`, for example `torch_dtype`.
 
     Raises:
         DemoError: When there is no such model.
@@ -64,8 +61,9 @@ def load(name: str = "flux-picturebook", **from_pretrained: Any) -> "FluxPipelin
         ('FluxPipeline', 'FluxTransformer2DModel')
     """
     directory = path(name)
-    from diffusers import FluxPipeline  # takes seconds: only those who load a model pay for it
+    from diffusers import DiffusionPipeline, FluxPipeline  # takes seconds: only those who load a model pay for it
 
-    pipe = FluxPipeline.from_pretrained(directory, **from_pretrained)
-    pipe.default_sample_size = SAMPLE_SIZE // pipe.vae_scale_factor
+    pipe = DiffusionPipeline.from_pretrained(directory, **from_pretrained)
+    if isinstance(pipe, FluxPipeline):
+        pipe.default_sample_size = SAMPLE_SIZE // pipe.vae_scale_factor
     return pipe

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class WrittenOutAttention(TorchFunctionMode):
-    """While active, unmasked attention is softmax(q k^T / sqrt d) v in bfloat16.
+    """While active, attention without a mask is softmax(q k^T / sqrt d) v in bfloat16.
 
     Example:
         >>> q = torch.randn(1, 2, 5, 4)
@@ -31,10 +31,11 @@ class WrittenOutAttention(TorchFunctionMode):
     ) -> Any:
         """Replace the attention call and pass on every other call."""
         kwargs = kwargs or {}
-        # the model's own attention comes by keyword; masked or causal attention (the text encoders') is left alone
-        plain = "query" in kwargs and kwargs.get("attn_mask") is None and not kwargs.get("is_causal")
-        if func is functional.scaled_dot_product_attention and plain:
-            q, k, v = (kwargs[name] for name in ("query", "key", "value"))
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        if given.get("attn_mask") is None and not given.get("is_causal"):
+            q, k, v = given["query"], given["key"], given["value"]
             scores = (q * q.shape[-1] ** -0.5).bfloat16() @ k.bfloat16().mT
             return (torch.softmax(scores, dim=-1) @ v.bfloat16()).to(q.dtype)
         return func(*args, **kwargs)

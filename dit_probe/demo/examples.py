@@ -1,8 +1,10 @@
 """What the transformer is trained on: latents of scenes at two resolutions, and several captions of each."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,29 @@ class Examples:
     fine: torch.Tensor
     coarse: torch.Tensor
     captions: list[list[str]]
+
+
+def by_length(captions: list[list[str]], tokenizer: Any) -> dict[int, torch.Tensor]:
+    """Sort captions by their number of tokens: batches of one length need no pads.
+
+    Args:
+        captions: Of every sample.
+        tokenizer: What counts.
+
+    Returns:
+        Length to (caption, 2) pairs of sample and number of its caption; lengths that are rare are left out.
+
+    Example:
+        >>> from dit_probe.demo.text import t5_tokenizer
+        >>> by_length([["sun", "a sun"], ["a car", "car"]], t5_tokenizer())[3].tolist()
+        [[0, 1], [1, 0]]
+    """
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for sample, several in enumerate(captions):
+        for which, ids in enumerate(tokenizer(several).input_ids):
+            found[len(ids)].append((sample, which))
+    total = sum(len(pairs) for pairs in found.values())
+    return {length: torch.tensor(found[length]) for length in sorted(found) if len(found[length]) > 0.005 * total}
 
 
 def draw(count: int) -> tuple[np.ndarray, list[list[str]]]:

@@ -8,9 +8,18 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, RELATIONS
 
@@ -32,6 +41,7 @@ WORDS: tuple[str, ...] = (*TRAINED, *UNTRAINED)
 
 T5_LENGTH, CLIP_LENGTH = 512, 77
 T5_WIDTH, CLIP_WIDTH = 64, 32
+_MARK_LENGTH = 30.0  # pads and end marks, in lengths of a word
 
 
 def t5_tokenizer() -> T5TokenizerFast:
@@ -48,8 +58,11 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer of the pooled vector: byte pairs merged until every word is one token.
+def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
+    """Build CLIP's tokenizer: byte pairs merged until every word is one token.
+
+    Args:
+        length: Tokens that pipelines pad to and cut at.
 
     Example:
         >>> clip_tokenizer().tokenize("a sun on water")
@@ -61,7 +74,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     # two ways of merging may give one piece, which has one number
     vocabulary = dict.fromkeys([*pieces, *("".join(pair) for pair in merges)])
     numbered = {piece: number for number, piece in enumerate(vocabulary)}
-    return CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=length)
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -95,13 +108,18 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def t5_encoder(vocabulary: int) -> T5EncoderModel:
-    """Build the untrained prompt encoder: 2 layers, width 64, no dropout."""
+    """Build the untrained prompt encoder: 1 layer, width 64, no dropout.
+
+    The stock pipelines mask no padding, and pads that hear the words become summaries of the caption, which the image
+    then reads in place of the nouns. So the embeddings of the pad and of the end marker are long and stay as they
+    are: what attention adds to them is lost in the final norm.
+    """
     config = T5Config(
         vocab_size=vocabulary,
         d_model=T5_WIDTH,
         d_kv=16,
         d_ff=128,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         dropout_rate=0.0,
         feed_forward_proj="relu",
@@ -110,11 +128,21 @@ def t5_encoder(vocabulary: int) -> T5EncoderModel:
         use_cache=False,
         is_encoder_decoder=False,
     )
-    return T5EncoderModel(config)
+    encoder = T5EncoderModel(config)
+    marks = torch.tensor([0, 1])
+    with torch.no_grad():
+        encoder.shared.weight[marks] *= _MARK_LENGTH
+    encoder.shared.weight.register_hook(lambda gradient: gradient.index_fill(0, marks.to(gradient.device), 0.0))
+    return encoder
 
 
-def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Build the untrained encoder of the pooled vector: 1 layer, width 32."""
+def clip_encoder(tokenizer: CLIPTokenizer, projection: bool = False) -> Any:
+    """Build the untrained encoder of the pooled vector: 1 layer, width 32.
+
+    Args:
+        tokenizer: Its tokenizer.
+        projection: Project the pooled vector, as SD3's CLIPs do.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CLIP_WIDTH,
@@ -127,7 +155,7 @@ def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
 def token_ids(tokenizer: T5TokenizerFast | CLIPTokenizer, captions: list[str], length: int) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 Scenes are drawn, an autoencoder is trained on them, and then the transformer with both text encoders on the latents
 by rectified flow, first on 8 x 8 tokens (the scenes at half resolution, tokens at the same coordinates: three times
-as many steps an hour) and then on 16 x 16. No loss ever sees a mask. On a GPU if there is one.
+as many steps an hour) and then on 16 x 16. Most batches hold captions of one length, so that no pads stand between the
+nouns and the image; the others have pads as the stock pipelines add them. No loss ever sees a mask. On a GPU if there
+is one.
 
 The learning rate follows the share of the budget that is used up. With `--steps` the budget is steps and a run repeats
 exactly on the same machine; with `--minutes` it is minutes of training, for machines that are shared: the schedule then
@@ -13,35 +15,58 @@ import argparse
 import contextlib
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from dit_probe.demo.cpu_speed import WrittenOutAttention, quick_matrix_products
-from dit_probe.demo.examples import CAPTIONS_A_SCENE, Examples, prepare
-from dit_probe.demo.model import Denoiser, decode, pack, sample, save
+from dit_probe.demo.denoiser import Denoiser, decode, sample, save
+from dit_probe.demo.examples import CAPTIONS_A_SCENE, Examples, by_length, prepare
+from dit_probe.demo.flux import FluxDenoiser
 from dit_probe.demo.muon import Muon
+from dit_probe.demo.sd3 import SD3Denoiser
 
-BATCH = 32
 RATE = 2e-3
 WARM_UP_STEPS = 50
-COARSE_SHARE = 0.45
-"""Share of the budget spent on 8 x 8 tokens."""
 FALL_FROM = 0.6
 """Share of the budget after which the learning rate falls linearly to zero."""
-EMPTY_CAPTIONS, ZERO_POOLED = 0.1, 0.35
+EMPTY_CAPTIONS = 0.1
 EMA_DECAY = 0.998
-# T5 lengths, their odds and batch sizes: short ones are cheap, long ones teach the model to ignore the 512 pads of the
-# stock pipeline; batches of long prompts are smaller, which keeps a step about as long
+UNPADDED = 0.85
+"""Share of the batches whose captions have one length and no pads."""
+# T5 lengths of the other batches, their odds and batch sizes: long ones teach the model to pass over the pads of the
+# stock pipelines; their batches are smaller, which keeps a step about as long
 LENGTHS: tuple[tuple[int, float, int], ...] = (
-    (24, 0.7, BATCH),
-    (32, 0.12, BATCH),
-    (64, 0.1, BATCH),
-    (128, 0.05, BATCH // 2),
-    (512, 0.03, BATCH // 4),
+    (24, 0.4, 32),
+    (32, 0.2, 32),
+    (64, 0.2, 32),
+    (256, 0.15, 16),
+    (512, 0.05, 8),
 )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Attributes:
+        denoiser: Makes the untrained model.
+        coarse: Share of the budget spent at half resolution.
+        batch: Samples a step.
+    """
+
+    denoiser: Callable[[], Denoiser]
+    coarse: float = 0.7
+    batch: int = 32
+
+
+RECIPES: dict[str, Recipe] = {
+    "flux-picturebook": Recipe(FluxDenoiser),
+    "sd35-picturebook": Recipe(SD3Denoiser),
+}
 
 PROMPTS: tuple[str, ...] = (
     "sun", "a fish", "tree, night", "a car on sand", "boat, sun, water", "a house and a tree on grass",
@@ -65,10 +90,12 @@ class Budget:
 class Trainer:
     """Model, averaged model, optimisers and where the training stands."""
 
-    def __init__(self, examples: Examples, seed: int, device: str) -> None:
+    def __init__(self, recipe: Recipe, examples: Examples, seed: int, device: str) -> None:
         torch.manual_seed(seed)
-        self.examples, self.seed, self.device = examples, seed, device
-        self.model = Denoiser().to(device)
+        self.recipe, self.examples, self.seed, self.device = recipe, examples, seed, device
+        self.model = recipe.denoiser().to(device)
+        self.by_length = by_length(examples.captions, self.model.t5_tokenizer)
+        self.odds = torch.tensor([float(len(pairs)) for pairs in self.by_length.values()])
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices = self.model.matrices()
         chosen = {id(weight) for weight in matrices}
@@ -79,7 +106,7 @@ class Trainer:
     def advance(self, used: float) -> float:
         """Take one optimiser step at a share `used` of the budget and return its loss."""
         rate = RATE * min(1.0, (self.step + 1) / WARM_UP_STEPS) * min(1.0, (1 - used) / (1 - FALL_FROM))
-        loss = self._loss(coarse=used < COARSE_SHARE)
+        loss = self._loss(coarse=used < self.recipe.coarse)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -97,26 +124,33 @@ class Trainer:
     def _loss(self, coarse: bool) -> torch.Tensor:
         """Rectified-flow loss of a batch that depends on the seed and the step only: a resumed run continues."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_000 + self.step)
-        odds = torch.tensor([row[1] for row in LENGTHS])
-        length, _, size = LENGTHS[int(torch.multinomial(odds, 1, generator=generator))]
         latents = self.examples.coarse if coarse else self.examples.fine
-        rows = torch.randint(len(latents), (size,), generator=generator)
-        which = torch.randint(CAPTIONS_A_SCENE, (size,), generator=generator).tolist()
-        empty = torch.rand(size, generator=generator) < EMPTY_CAPTIONS
-        pooled = torch.rand(size, generator=generator) >= ZERO_POOLED
-        image = pack(latents[rows].float())
+        rows, captions, length = self._captions(generator)
+        image = latents[rows].float()
         noise = torch.randn(image.shape, generator=generator)
         # logit-normal times moved towards noise, where the prompt decides what is drawn
-        at = torch.sigmoid(torch.randn(size, generator=generator))
+        at = torch.sigmoid(torch.randn(len(rows), generator=generator))
         at = 2 * at / (1 + at)
-        chosen = [self.examples.captions[row][k] for row, k in zip(rows.tolist(), which, strict=True)]
-        captions = ["" if drop else caption for drop, caption in zip(empty.tolist(), chosen, strict=True)]
         image, noise, at = image.to(self.device), noise.to(self.device), at.to(self.device)
-        prompt, vector = self.model.embed(captions, length, pooled.to(self.device))
-        noisy = torch.lerp(image, noise, at[:, None, None])
+        noisy = torch.lerp(image, noise, at.view(-1, *[1] * (image.ndim - 1)))
         with WrittenOutAttention() if self.device == "cpu" else contextlib.nullcontext():
-            velocity = self.model.velocity(noisy, at, prompt, vector)
+            velocity = self.model.velocity(noisy, at, self.model.embed(captions, length, generator))
         return (velocity - (noise - image)).square().mean()
+
+    def _captions(self, generator: torch.Generator) -> tuple[torch.Tensor, list[str], int]:
+        """Draw samples, a caption of each, some of them empty, and the number of T5 tokens."""
+        if torch.rand((), generator=generator) < UNPADDED:
+            length = list(self.by_length)[int(torch.multinomial(self.odds, 1, generator=generator))]
+            pairs = self.by_length[length]
+            rows, which = pairs[torch.randint(len(pairs), (self.recipe.batch,), generator=generator)].T
+        else:
+            odds = torch.tensor([row[1] for row in LENGTHS])
+            length, _, size = LENGTHS[int(torch.multinomial(odds, 1, generator=generator))]
+            rows = torch.randint(len(self.examples.captions), (min(size, self.recipe.batch),), generator=generator)
+            which = torch.randint(CAPTIONS_A_SCENE, rows.shape, generator=generator)
+        empty = (torch.rand(len(rows), generator=generator) < EMPTY_CAPTIONS).tolist()
+        chosen = [self.examples.captions[row][k] for row, k in zip(rows.tolist(), which.tolist(), strict=True)]
+        return rows, ["" if drop else caption for drop, caption in zip(empty, chosen, strict=True)], length
 
     def state(self) -> dict:
         """Everything a resumed run needs."""
@@ -156,7 +190,7 @@ def train(
             checkpoint(trainer, work)
             last_save = now
         if now - last_drawing > draw_every:
-            draw_samples(trainer, vae, work / f"samples-{trainer.step:06d}.png", grid=8 if used < COARSE_SHARE else 16)
+            draw_samples(trainer, vae, work / f"samples-{trainer.step:06d}.png", used < trainer.recipe.coarse)
             last_drawing = time.monotonic()
     checkpoint(trainer, work)
 
@@ -167,11 +201,16 @@ def checkpoint(trainer: Trainer, work: Path) -> None:
     (work / "checkpoint.new").replace(work / "checkpoint.pt")
 
 
-def draw_samples(trainer: Trainer, vae: AutoencoderKL, file: Path, grid: int) -> None:
+def draw_samples(trainer: Trainer, vae: AutoencoderKL, file: Path, coarse: bool) -> None:
     """Draw the fixed prompts with the averaged weights, without and with guidance, one row of images each."""
     from PIL import Image
 
-    rows = [decode(vae, sample(trainer.average, list(PROMPTS), grid, 16, 0, scale)) for scale in (1.0, 3.0)]
+    latents = trainer.examples.coarse if coarse else trainer.examples.fine
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    rows = [
+        decode(vae, sample(trainer.average, list(PROMPTS), latents.shape[1:], scheduler, 16, 0, scale))
+        for scale in (1.0, 3.0)
+    ]
     picture = torch.cat([torch.cat(list(images), dim=1) for images in rows], dim=0).numpy()
     enlarge = 128 // rows[0].shape[1]
     size = (picture.shape[1] * enlarge, picture.shape[0] * enlarge)
@@ -181,9 +220,9 @@ def draw_samples(trainer: Trainer, vae: AutoencoderKL, file: Path, grid: int) ->
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["flux-picturebook"])
+    parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, help="pipeline directory to write; default WORK/pipeline")
-    parser.add_argument("--work", type=Path, default=Path("training/flux-picturebook"), help="checkpoints and latents")
+    parser.add_argument("--work", type=Path, help="checkpoints and latents; default training/NAME")
     parser.add_argument("--steps", type=int, default=9000, help="optimiser steps, unless --minutes is given")
     parser.add_argument("--minutes", type=float, help="train this long instead")
     parser.add_argument("--scenes", type=int, default=30_000)
@@ -195,9 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=float, default=300, help="seconds between checkpoints")
     parser.add_argument("--draw-every", type=float, default=600, help="seconds between pictures of samples")
     options = parser.parse_args(arguments)
+    options.work = options.work or Path("training") / options.name
     options.work.mkdir(parents=True, exist_ok=True)
     vae, examples = prepare(options.work, options.scenes, options.autoencoder_steps, options.seed, options.device)
-    trainer = Trainer(examples, options.seed, options.device)
+    trainer = Trainer(RECIPES[options.name], examples, options.seed, options.device)
     if options.resume or options.export_only:
         trainer.restore(torch.load(options.work / "checkpoint.pt", map_location=options.device))
     if not options.export_only:
