@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+MODEL ?= flux-picturebook
 # Tiny models gain nothing from threads: one test process a core, one thread each.
 WORKERS ?= -n auto
 test test-oldest: export OMP_NUM_THREADS ?= 1
@@ -32,8 +33,8 @@ $(VENV)/.env: pyproject.toml constraints.txt
 
 env: $(VENV)/.env  ## the environment of every other target
 
-demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map: demo.html
-	$(BIN)/dit-probe demo --out demo.html $(ARGS)
+demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map: demo.html; MODEL=sd35-picturebook
+	$(BIN)/dit-probe demo --model $(MODEL) --out demo.html $(ARGS)
 
 test: $(VENV)/.env  ## the tests and every example of the docstrings and the README; ARGS="-k store"
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)

@@ -17,8 +17,6 @@ from dit_probe import schema
 from dit_probe.errors import ConceptError, DitProbeError, ProbeError
 
 DEMO_MODEL = "flux-picturebook"
-DEMO_PROMPT = "a sun and a boat on water"
-DEMO_CONCEPTS = "sun,boat,water"
 DEMO_STEPS = 12
 
 
@@ -69,7 +67,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start the store an
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A saved pipeline directory, a hub id or a demo model.")] = DEMO_MODEL,
-    prompt: Prompt = DEMO_PROMPT,
+    prompt: Annotated[str | None, typer.Option(help="What to paint; by default what the model is shown with.")] = None,
     concepts: Annotated[str | None, typer.Option(help="Words to trace, separated by commas.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
     store: Annotated[str | None, typer.Option(help="Where the trace goes; by default beside the page.")] = None,
@@ -90,9 +88,10 @@ def demo(
     from dit_probe.loading import load_pipeline
 
     small = model in dp.demo.names()
-    if concepts is None and prompt != DEMO_PROMPT:
+    if concepts is None and prompt is not None:
         raise ConceptError("no concepts for this prompt. Name some, background included: --concepts fox,snow,forest")
-    words = _words(concepts or DEMO_CONCEPTS)
+    shown, known = dp.demo.example(model)
+    prompt, words = prompt or shown, _words(concepts) if concepts else list(known)
     page = out.resolve()
     page.parent.mkdir(parents=True, exist_ok=True)
     # The store that the demo names itself is its own to replace.

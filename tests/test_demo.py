@@ -1,6 +1,5 @@
 """The demo model that ships: stock classes, offline, small, and its pictures look like their captions."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 
 import dit_probe.demo as demo
 from dit_probe.datasets.scenes import BACKGROUNDS, scene
+from dit_probe.demo import sd3
 from dit_probe.demo.autoencoder import to_pixels
+from dit_probe.demo.cogvideox import CogVideoXDenoiser
 from dit_probe.demo.denoiser import save
+from dit_probe.demo.examples import draw_clips, draw_scenes, held_out
 from dit_probe.demo.flux import FluxDenoiser, positions
 from dit_probe.demo.muon import Muon
-from dit_probe.demo.text import TRAINED, WORDS, clip_tokenizer, t5_tokenizer
-from dit_probe.demo.train import main
+from dit_probe.demo.sd3 import SD3Denoiser
+from dit_probe.demo.text import TRAINED, WORDS, clip_tokenizer, t5_encoder, t5_tokenizer, token_ids
+from dit_probe.demo.train import RECIPES, main
 
 NAME = "flux-picturebook"
 
@@ -140,13 +143,60 @@ def test_muon_updates_have_the_size_of_adams() -> None:
         assert 0.1 < weight.detach().square().mean().sqrt().item() < 0.3
 
 
-def test_recipe_runs_resumes_and_saves_a_pipeline(tmp_path: Path) -> None:
-    small = f"{NAME} --work {tmp_path} --scenes 40 --autoencoder-steps 2 --device cpu".split()
-    main([*small, "--steps", "1"])
-    main([*small, "--steps", "2", "--resume", "--out", str(tmp_path / "out")])
-    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
-    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
-    assert type(FluxPipeline.from_pretrained(tmp_path / "out")) is FluxPipeline
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_interrupted_training_continues_and_gives_the_same_stock_pipeline(name: str, tmp_path: Path) -> None:
+    whole, parts, out = tmp_path / "whole", tmp_path / "parts", tmp_path / "out"
+    small = f"{name} --samples 20 --autoencoder-steps 1 --device cpu".split()
+    main([*small, "--steps", "1", "--work", str(parts)])
+    shutil.copytree(parts, whole, ignore=lambda _, names: [n for n in names if n.startswith(("check", "pipe"))])
+    main([*small, "--steps", "2", "--work", str(parts), "--resume", "--out", str(out)])
+    main([*small, "--steps", "2", "--work", str(whole)])
+    resumed, straight = (torch.load(work / "checkpoint.pt") for work in (parts, whole))
+    assert resumed["step"] == straight["step"] == 2
+    assert all(torch.equal(resumed["average"][key], straight["average"][key]) for key in straight["average"])
+    assert "Samples" in (parts / "training.html").read_text()
+    stock = {"flux": "FluxPipeline", "sd35": "StableDiffusion3Pipeline", "cogvideox": "CogVideoXPipeline"}
+    assert type(DiffusionPipeline.from_pretrained(out)).__name__ == stock[name.split("-")[0]]
+    assert sum(file.stat().st_size for file in out.rglob("*.safetensors")) <= 8_000_000
+
+
+def test_no_training_sample_has_words_that_are_held_out() -> None:
+    for drawn, (_, captions) in ((60, draw_scenes(60)), (60, draw_clips(60))):
+        assert 0 < len(captions) < drawn
+        for several in captions:
+            assert not any(held_out(caption.replace(",", "").split()) for caption in several)
+
+
+def test_pads_and_end_marks_hear_next_to_nothing() -> None:
+    """What a caption's attention adds to them is a small part of what they are."""
+    tokenizer = t5_tokenizer()
+    t5 = t5_encoder(len(tokenizer))
+    with torch.no_grad():
+        states = [t5(token_ids(tokenizer, [text], 12))[0][0] for text in ("a sun on water", "car, house, sand")]
+    pad, noun = (float(torch.cosine_similarity(states[0][at], states[1][at], dim=0)) for at in (-1, 1))
+    assert pad > 0.99 > noun
+
+
+def test_coarse_tokens_of_sd3_have_the_mean_of_the_fine_ones() -> None:
+    transformer = SD3Denoiser().transformer
+    embedding = transformer.pos_embed
+    fine = embedding.cropped_pos_embed(32, 32).reshape(8, 2, 8, 2, -1)
+    with sd3.positions(embedding, 8):
+        coarse = embedding.cropped_pos_embed(16, 16)
+    assert torch.allclose(coarse.reshape(8, 8, -1), fine.mean(dim=(1, 3)), atol=1e-6)
+    assert torch.equal(embedding.cropped_pos_embed(32, 32), fine.reshape(1, 256, -1))
+
+
+def test_the_video_model_predicts_what_its_scheduler_takes() -> None:
+    """One step of the scheduler with the true v gives back the image, whatever the timestep."""
+    model, generator = CogVideoXDenoiser(), torch.Generator().manual_seed(0)
+    image, noise = (torch.randn(2, 3, 16, 8, 8, generator=generator) for _ in range(2))
+    scheduler = model.scheduler()
+    scheduler.set_timesteps(1)
+    for timestep in (0, 300, 999):
+        seen, target = model.noised(image, noise, torch.full((2,), timestep / 1000))
+        found = scheduler.step(target, timestep, seen, return_dict=False)[1]
+        assert torch.allclose(found, image, atol=1e-4), timestep
 
 
 def test_saved_pipeline_computes_what_was_trained(tmp_path: Path, pipe: FluxPipeline) -> None:

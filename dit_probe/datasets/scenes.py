@@ -114,7 +114,7 @@ def scene(
         ((64, 64, 3), 0)
     """
     rng = np.random.default_rng(seed)
-    nouns = _choose_nouns(rng, objects)
+    nouns = choose_nouns(rng, 1 + int(rng.choice(len(_COUNT_ODDS), p=_COUNT_ODDS)) if objects is None else objects)
     word = str(rng.choice(BACKGROUNDS)) if background_word is None else background_word
     if word not in BACKGROUNDS:
         raise SceneError(f"unknown background {word!r}: a scene can stand on {', '.join(BACKGROUNDS)}")
@@ -154,9 +154,21 @@ def scenes(n: int, seed: int = 0, size: int = 64, objects: int | Sequence[str] |
         yield scene(seed * 1_000_000 + index, size=size, objects=objects)
 
 
-def _choose_nouns(rng: np.random.Generator, objects: int | Sequence[str] | None) -> list[str]:
-    if objects is None:
-        objects = 1 + int(rng.choice(len(_COUNT_ODDS), p=_COUNT_ODDS))
+def choose_nouns(rng: np.random.Generator, objects: int | Sequence[str], most: int = max(_SIDES)) -> list[str]:
+    """Draw nouns, or check those that were asked for.
+
+    Args:
+        rng: What draws.
+        objects: How many, or which.
+        most: How many a picture has room for.
+
+    Raises:
+        SceneError: For an unknown noun, one that comes twice, or too many.
+
+    Example:
+        >>> choose_nouns(np.random.default_rng(0), ["sun", "boat"])
+        ['sun', 'boat']
+    """
     if isinstance(objects, str):
         raise SceneError(f"objects={objects!r} is one string: give a list of nouns, [{objects!r}], or a number")
     nouns = [str(noun) for noun in rng.permutation(NOUNS)[:objects]] if isinstance(objects, int) else list(objects)
@@ -164,8 +176,8 @@ def _choose_nouns(rng: np.random.Generator, objects: int | Sequence[str] | None)
     if unknown:
         raise SceneError(f"unknown noun {unknown[0]!r}: a scene can show {', '.join(NOUNS)}")
     wanted = objects if isinstance(objects, int) else len(nouns)
-    if not 0 <= wanted <= max(_SIDES) or len(set(nouns)) != wanted:
-        raise SceneError(f"objects={objects!r}: a scene shows 0 to {max(_SIDES)} objects, each noun once")
+    if not 0 <= wanted <= most or len(set(nouns)) != wanted:
+        raise SceneError(f"objects={objects!r}: a scene shows 0 to {most} objects, each noun once")
     return nouns
 
 
@@ -211,7 +223,7 @@ def _caption(rng: np.random.Generator, placed: list[Placed], word: str, style: s
     if style is None:
         fitting = ["list", "sentence"] + ["relation"] * (relation is not None) + ["word"] * (len(placed) == 1)
         style = fitting[int(rng.integers(len(fitting)))]
-    where = _PLACES.get(word, f"on {word}")
+    where = place_in_words(word)
     named = [f"a {thing.noun}" for thing in placed]
     if style == "word" and len(placed) == 1:
         return named[0] if rng.random() < 0.5 else placed[0].noun
@@ -221,6 +233,16 @@ def _caption(rng: np.random.Generator, placed: list[Placed], word: str, style: s
         return ", ".join([*(thing.noun for thing in placed), word])
     together = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
     return f"{together} {where}"
+
+
+def place_in_words(background_word: str) -> str:
+    """Say where something is.
+
+    Example:
+        >>> place_in_words("water"), place_in_words("night")
+        ('on water', 'at night')
+    """
+    return _PLACES.get(background_word, f"on {background_word}")
 
 
 def _relation(placed: list[Placed]) -> str | None:

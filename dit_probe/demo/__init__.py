@@ -12,6 +12,10 @@ from dit_probe.errors import DitProbeError
 SAMPLE_SIZE = 64
 """Pixels a side of the pictures that the demo models of images were trained on."""
 
+PROMPT, CONCEPTS = "a sun and a boat on water", ("sun", "boat", "water")
+"""What the demo shows where nothing else is said."""
+_SHOWN = {"cogvideox-picturebook": ("a boat moving right on water", ("boat", "water"))}
+
 
 class DemoError(DitProbeError):
     """There is no demo model of that name."""
@@ -40,6 +44,16 @@ def path(name: str) -> Path:
     if name not in names():
         raise DemoError(f"no demo model {name!r}: this installation has {', '.join(names()) or 'none'}")
     return Path(__file__).parent / name
+
+
+def example(name: str) -> tuple[str, tuple[str, ...]]:
+    """Give a prompt that shows what a model can do, and the concepts to look for.
+
+    Example:
+        >>> example("flux-picturebook")
+        ('a sun and a boat on water', ('sun', 'boat', 'water'))
+    """
+    return _SHOWN.get(name, (PROMPT, CONCEPTS))
 
 
 def load(name: str = "flux-picturebook", **from_pretrained: Any) -> Any:

@@ -5,33 +5,35 @@ One subclass a family, in a file of its own.
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from dit_probe.demo.text import t5_encoder, t5_tokenizer, token_ids
+from dit_probe.demo.text import WORDS, t5_encoder, t5_tokenizer, token_ids
 
 Texts = dict[str, torch.Tensor]
 """Arguments of the transformer that carry the captions."""
 
 
 class Denoiser(nn.Module):
-    """A transformer and its text encoders, trained together by rectified flow.
+    """A transformer and its text encoders, trained together.
 
     Attributes:
         transformer: The diffusers transformer.
         t5: Encoder of the prompt stream.
-        latent_channels: Channels of the autoencoder's latents.
+        blocks: Where the transformer keeps its blocks.
     """
 
     transformer: Any
     blocks: tuple[str, ...] = ("transformer_blocks",)
 
-    def __init__(self) -> None:
+    def __init__(self, words: Sequence[str] = WORDS) -> None:
         super().__init__()
-        self.t5_tokenizer = t5_tokenizer()
+        self.t5_tokenizer = t5_tokenizer(words)
         self.t5 = t5_encoder(len(self.t5_tokenizer))
 
     def start_at_identity(self) -> None:
@@ -63,22 +65,45 @@ class Denoiser(nn.Module):
             dropped: Draws which of the further text inputs are left out in training; None leaves out nothing.
         """
 
-    @abstractmethod
-    def velocity(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
-        """Predict noise minus image for (sample, channel, y, x) noisy latents at times from 0 (image) to 1 (noise).
+    def times(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw times from 0 (image) to 1 (noise): logit-normal, moved towards noise, where the prompt decides."""
+        at = torch.sigmoid(torch.randn(count, generator=generator))
+        return 2 * at / (1 + at)
 
-        Latents may have full or half resolution; coarse tokens lie where the full-resolution tokens lie that they
-        stand for.
+    def noised(
+        self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model sees and what it must predict: (1 - t) image + t noise, and noise - image."""
+        return torch.lerp(latents, noise, time.view(-1, *[1] * (latents.ndim - 1))), noise - latents
+
+    @abstractmethod
+    def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
+        """Predict the second of `noised` from its first, by the conventions of the family's transformer.
+
+        Where a model trains at half resolution, coarse tokens lie where the tokens lie that they stand for.
         """
+
+    def scheduler(self) -> Any:
+        """What the saved pipeline samples with."""
+        return FlowMatchEulerDiscreteScheduler(shift=2.0)
+
+    def decode(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Turn normalised latents into (sample, frame, y, x, 3) uint8."""
+        return to_bytes(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample[:, :, None])
 
     @abstractmethod
     def pipeline(self, transformer: Any, vae: Any) -> Any:
         """Put together the stock pipeline."""
 
 
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """(sample, 3, frame, y, x) from -1 to 1 to (sample, frame, y, x, 3) uint8."""
+    return (pixels.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu()
+
+
 @torch.no_grad()
 def sample(
-    model: Denoiser, prompts: list[str], shape: tuple[int, ...], scheduler: Any, steps: int, seed: int, scale: float
+    model: Denoiser, prompts: list[str], shape: tuple[int, ...], steps: int, seed: int, scale: float
 ) -> torch.Tensor:
     """Draw latents; for watching a training, where the pipeline can't place coarse tokens.
 
@@ -86,7 +111,6 @@ def sample(
         model: The model.
         prompts: One a sample.
         shape: Of one sample's latents.
-        scheduler: A flow-matching scheduler.
         steps: How many.
         seed: Of the noise.
         scale: Classifier-free guidance; 1 is off.
@@ -98,19 +122,13 @@ def sample(
     latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
     weighted = [(prompts, scale), ([""] * len(prompts), 1 - scale)] if scale != 1 else [(prompts, 1.0)]
     encoded = [(model.embed(captions, 32), weight) for captions, weight in weighted]
+    scheduler = model.scheduler()
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
         time = (timestep / scheduler.config.num_train_timesteps).expand(len(prompts)).to(device)
-        velocity = sum(weight * model.velocity(latents, time, texts) for texts, weight in encoded)
-        latents = scheduler.step(velocity, timestep, latents)[0]
+        predicted = sum(weight * model.predict(latents, time, texts) for texts, weight in encoded)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
-
-
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Turn normalised latents into (sample, y, x, 3) uint8."""
-    with torch.no_grad():
-        pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-    return (pixels.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def save(model: Denoiser, vae: Any, directory: Path) -> int:

@@ -1,17 +1,19 @@
-"""What the transformer is trained on: latents of scenes at two resolutions, and several captions of each."""
+"""What the transformers are trained on: latents of scenes or clips, and several captions of each."""
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
+from dit_probe.datasets.clips import clip, describe_clip
 from dit_probe.datasets.scenes import describe, scene
-from dit_probe.demo.autoencoder import encode, train_autoencoder
+from dit_probe.demo import autoencoder, video_autoencoder
 
 CAPTIONS_A_SCENE = 4
 # a background word alone must mean something to the text encoder: one scene in 25 shows nothing else
@@ -19,19 +21,47 @@ EMPTY_EVERY = 25
 TRAINING_FAMILY = 0
 """Seeds of the training scenes are those of `scenes(seed=0)`; held-out scenes use any other family."""
 
+HELD_OUT: frozenset[frozenset[str]] = frozenset(
+    frozenset(pair.split())
+    for pair in ("boat brick", "fish sky", "tree night", "car water", "sun car", "boat mushroom", "fish house")
+)
+"""Words that no training sample has together: nouns with backgrounds and nouns with nouns, in any relation."""
+
+Latents = dict[str, torch.Tensor]
+"""Resolution ("fine", "coarse") to normalised float16 latents, one a sample."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from.
+
+    Attributes:
+        draw: Number of seeds to pixels, uint8, and the captions of each sample.
+        train: Pixels, steps, seed and device to a trained autoencoder.
+        encode: Autoencoder, pixels and device to latents, not yet normalised.
+        vae: The autoencoder's class.
+        prompts: Drawn while the training runs.
+        shifted: Whether the family's pipeline takes a mean from its latents.
+    """
+
+    draw: Callable[[int], tuple[np.ndarray, list[list[str]]]]
+    train: Callable[[np.ndarray, int, int, str], Any]
+    encode: Callable[[Any, np.ndarray, str], Latents]
+    vae: type[Any]
+    prompts: tuple[str, ...]
+    shifted: bool = True
+
 
 @dataclass(frozen=True)
 class Examples:
     """Training examples.
 
     Attributes:
-        fine: (sample, channel, y, x) float16 normalised latents of 64 x 64 pixels.
-        coarse: The same scenes at 32 x 32 pixels.
+        latents: At every resolution.
         captions: `CAPTIONS_A_SCENE` for every sample.
     """
 
-    fine: torch.Tensor
-    coarse: torch.Tensor
+    latents: Latents
     captions: list[list[str]]
 
 
@@ -58,29 +88,86 @@ def by_length(captions: list[list[str]], tokenizer: Any) -> dict[int, torch.Tens
     return {length: torch.tensor(found[length]) for length in sorted(found) if len(found[length]) > 0.005 * total}
 
 
-def draw(count: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Draw the training scenes.
+def held_out(words: Sequence[str]) -> bool:
+    """Whether a scene or clip has two words of `HELD_OUT`.
 
-    Args:
-        count: How many.
-
-    Returns:
-        (sample, y, x, 3) uint8 and the captions of each.
+    Example:
+        >>> held_out(["boat", "sun", "brick"]), held_out(["boat", "sun", "water"])
+        (True, False)
     """
-    images, captions = np.empty((count, 64, 64, 3), dtype=np.uint8), []
+    return any(pair <= set(words) for pair in HELD_OUT)
+
+
+def draw_scenes(count: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Draw the training scenes, (sample, y, x, 3) uint8, and the captions of each; `count` seeds give fewer."""
+    images, captions = [], []
     for index in range(count):
         picture = scene(TRAINING_FAMILY + index, objects=0 if index % EMPTY_EVERY == 0 else None)
-        images[index] = picture.image
-        captions.append([describe(picture, k) for k in range(CAPTIONS_A_SCENE)])
-    return images, captions
+        if not held_out(picture.words):
+            images.append(picture.image)
+            captions.append([describe(picture, k) for k in range(CAPTIONS_A_SCENE)])
+    return np.stack(images), captions
 
 
-def prepare(work: Path, count: int, autoencoder_steps: int, seed: int, device: str) -> tuple[AutoencoderKL, Examples]:
-    """Draw scenes, train the autoencoder and encode the scenes, or read all that from an earlier run.
+def draw_clips(count: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Draw the training clips, (sample, frame, y, x, 3) uint8, and the captions of each; `count` seeds give fewer."""
+    size, frames = video_autoencoder.SIZE, video_autoencoder.FRAMES
+    videos, captions = [], []
+    for index in range(count):
+        drawn = clip(TRAINING_FAMILY + index, size, frames, objects=0 if index % EMPTY_EVERY == 0 else None)
+        if not held_out(drawn.words):
+            videos.append(drawn.frames)
+            captions.append([describe_clip(drawn, k) for k in range(CAPTIONS_A_SCENE)])
+    return np.stack(videos), captions
+
+
+def encode_scenes(vae: AutoencoderKL, images: np.ndarray, device: str) -> Latents:
+    """Latents of 64 x 64 pixels, and of the same scenes at 32 x 32."""
+    both = {"fine": False, "coarse": True}
+    return {name: autoencoder.encode(vae, images, device, reduced) for name, reduced in both.items()}
+
+
+def encode_clips(vae: AutoencoderKLCogVideoX, clips: np.ndarray, device: str) -> Latents:
+    """Latents of clips, which have one resolution."""
+    return {"fine": video_autoencoder.encode(vae, clips, device)}
+
+
+SCENES = Source(
+    draw_scenes,
+    autoencoder.train_autoencoder,
+    encode_scenes,
+    AutoencoderKL,
+    (
+        "sun", "a fish", "house, night", "a car on sand", "boat, sun, water", "a house and a tree on grass",
+        "a balloon above a mushroom in the sky", "a rocket left of a house at night",
+        "a flower right of a car on brick", "fish, mushroom, balloon, water", "a sun, a boat and a flower on sand",
+        "house, car, tree, rocket, grass",
+    ),
+)  # fmt: skip
+CLIPS = Source(
+    draw_clips,
+    video_autoencoder.train_video_autoencoder,
+    encode_clips,
+    AutoencoderKLCogVideoX,
+    (
+        "sun", "a fish moving left on water", "boat moving right, water", "a still tree on grass",
+        "a rocket moving up at night", "a balloon moving down in the sky", "a car moving left on sand",
+        "a still house and a car moving right on grass", "a sun moving right and a still boat on water",
+        "a mushroom moving up and a flower moving down on brick",
+    ),
+    shifted=False,
+)  # fmt: skip
+
+
+def prepare(
+    source: Source, work: Path, count: int, autoencoder_steps: int, seed: int, device: str
+) -> tuple[Any, Examples]:
+    """Draw samples, train the autoencoder and encode them, or read all that from an earlier run.
 
     Args:
+        source: Of the samples.
         work: Where intermediate results are kept.
-        count: Scenes.
+        count: Samples.
         autoencoder_steps: Optimiser steps of the autoencoder.
         seed: Of the autoencoder.
         device: Where to run.
@@ -90,25 +177,25 @@ def prepare(work: Path, count: int, autoencoder_steps: int, seed: int, device: s
     """
     encoded, saved = work / "examples.pt", work / "vae"
     if encoded.exists() and saved.exists():
-        parts = torch.load(encoded)
         captions = json.loads((work / "captions.json").read_text())
-        return AutoencoderKL.from_pretrained(saved).to(device), Examples(parts["fine"], parts["coarse"], captions)
-    print(f"drawing {count} scenes", flush=True)
-    images, captions = draw(count)
+        return source.vae.from_pretrained(saved).to(device), Examples(torch.load(encoded), captions)
+    print(f"drawing {count} samples", flush=True)
+    pixels, captions = source.draw(count)
     if saved.exists():
-        model = AutoencoderKL.from_pretrained(saved).to(device).eval()
+        model = source.vae.from_pretrained(saved).to(device).eval()
     else:
-        model = train_autoencoder(images, autoencoder_steps, seed, device)
+        model = source.train(pixels, autoencoder_steps, seed, device)
     print("encoding", flush=True)
-    fine, coarse = encode(model, images, device, reduced=False), encode(model, images, device, reduced=True)
-    sample = fine[:2000].float()
-    shift, scale = float(sample.mean()), 1 / float(sample.std())
-    model.register_to_config(shift_factor=shift, scaling_factor=scale)
+    latents = source.encode(model, pixels, device)
+    known = latents["fine"][:2000].float()
+    shift = float(known.mean()) if source.shifted else 0.0
+    scale = 1 / float((known - shift).square().mean().sqrt())
+    model.register_to_config(scaling_factor=scale, **({"shift_factor": shift} if source.shifted else {}))
     model.save_pretrained(saved)
-    examples = Examples(_normalise(fine, shift, scale), _normalise(coarse, shift, scale), captions)
+    latents = {name: _normalise(values, shift, scale) for name, values in latents.items()}
     (work / "captions.json").write_text(json.dumps(captions))
-    torch.save({"fine": examples.fine, "coarse": examples.coarse}, encoded)
-    return model, examples
+    torch.save(latents, encoded)
+    return model, Examples(latents, captions)
 
 
 def _normalise(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from dit_probe.demo.autoencoder import LATENT_CHANNELS
 from dit_probe.demo.denoiser import Denoiser, Texts, on_cpu
@@ -43,7 +43,7 @@ class FluxDenoiser(Denoiser):
             vector = vector * (torch.rand(len(captions), 1, generator=dropped) >= ZERO_POOLED).to(vector)
         return {"encoder_hidden_states": self.prompt(captions, length), "pooled_projections": vector}
 
-    def velocity(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
         n, channels, height, width = latents.shape
         tokens = FluxPipeline._pack_latents(latents, n, channels, height, width)
         out = self.transformer(
@@ -58,7 +58,7 @@ class FluxDenoiser(Denoiser):
 
     def pipeline(self, transformer: Any, vae: Any) -> FluxPipeline:
         return FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=False),
+            scheduler=self.scheduler(),
             vae=vae,
             text_encoder=on_cpu(self.clip),
             tokenizer=clip_tokenizer(),  # new ones: those in use have lengths and padding of the last batch set

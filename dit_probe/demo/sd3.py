@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.nn import functional
 
 from dit_probe.demo.autoencoder import LATENT_CHANNELS
@@ -59,14 +59,14 @@ class SD3Denoiser(Denoiser):
                 both = prompt
         return {"encoder_hidden_states": both, "pooled_projections": pooled}
 
-    def velocity(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
         with positions(self.transformer.pos_embed, latents.shape[-1] // 2):
             return self.transformer(hidden_states=latents, timestep=1000 * time, return_dict=False, **texts)[0]
 
     def pipeline(self, transformer: Any, vae: Any) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+            scheduler=self.scheduler(),
             vae=vae,
             text_encoder=on_cpu(self.clips[0]),
             tokenizer=clip_tokenizer(CLIP_TOKENS),  # new ones: those in use have the padding of the last batch set

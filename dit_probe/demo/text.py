@@ -21,13 +21,14 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from dit_probe.datasets.clips import CLIP_WORDS
 from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, RELATIONS
 
 GLUE: tuple[str, ...] = ("a", "and", "on", "in", "the", "at", *dict.fromkeys(" ".join(RELATIONS).split()))
 """Words that captions are held together with."""
 
 TRAINED: tuple[str, ...] = tuple(dict.fromkeys((*NOUNS, *BACKGROUNDS, *GLUE)))
-"""Every word that occurs in a caption."""
+"""Every word that occurs in a caption of a scene."""
 
 _FURTHER = (
     "an is are with of to under over near behind beside between picture photo drawing scene background red orange "
@@ -39,20 +40,26 @@ UNTRAINED: tuple[str, ...] = tuple(word for word in _FURTHER.split() if word not
 
 WORDS: tuple[str, ...] = (*TRAINED, *UNTRAINED)
 
+VIDEO_WORDS: tuple[str, ...] = tuple(dict.fromkeys((*WORDS, *CLIP_WORDS)))
+"""Words of the video model."""
+
 T5_LENGTH, CLIP_LENGTH = 512, 77
 T5_WIDTH, CLIP_WIDTH = 64, 32
 _MARK_LENGTH = 30.0  # pads and end marks, in lengths of a word
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer(words: Sequence[str] = WORDS) -> T5TokenizerFast:
     """Build the tokenizer of the prompt stream: one piece a word, letters for what it doesn't know.
+
+    Args:
+        words: Those that are one piece.
 
     Example:
         >>> t5_tokenizer().tokenize("a sun left of a boat, water")
         ['▁a', '▁sun', '▁left', '▁of', '▁a', '▁boat', ',', '▁water']
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [(f"▁{word}", -1.0) for word in WORDS]
+    pieces += [(f"▁{word}", -1.0) for word in words]
     letters = string.ascii_lowercase + string.ascii_uppercase + string.digits + ",.;:!?'-"
     pieces += [(letter, -1.0 if letter in ",." else -8.0) for letter in letters]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
+from dit_probe.demo.cogvideox import CogVideoXDenoiser
 from dit_probe.demo.cpu_speed import WrittenOutAttention, quick_matrix_products
-from dit_probe.demo.denoiser import Denoiser, decode, sample, save
-from dit_probe.demo.examples import CAPTIONS_A_SCENE, Examples, by_length, prepare
+from dit_probe.demo.denoiser import Denoiser, save
+from dit_probe.demo.examples import CAPTIONS_A_SCENE, CLIPS, SCENES, Examples, Source, by_length, prepare
 from dit_probe.demo.flux import FluxDenoiser
 from dit_probe.demo.muon import Muon
+from dit_probe.demo.progress import contact_sheet, write_page
 from dit_probe.demo.sd3 import SD3Denoiser
 
 RATE = 2e-3
@@ -54,11 +55,19 @@ class Recipe:
 
     Attributes:
         denoiser: Makes the untrained model.
+        source: What it is trained on.
+        samples: How many seeds; those that draw a held-out combination give none.
+        autoencoder_steps: Optimiser steps of the autoencoder.
+        steps: Optimiser steps of the transformer.
         coarse: Share of the budget spent at half resolution.
         batch: Samples a step.
     """
 
     denoiser: Callable[[], Denoiser]
+    source: Source = SCENES
+    samples: int = 30_000
+    autoencoder_steps: int = 2200
+    steps: int = 9000
     coarse: float = 0.7
     batch: int = 32
 
@@ -66,13 +75,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "flux-picturebook": Recipe(FluxDenoiser),
     "sd35-picturebook": Recipe(SD3Denoiser),
+    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=2000, coarse=0.0, batch=16),
 }
-
-PROMPTS: tuple[str, ...] = (
-    "sun", "a fish", "tree, night", "a car on sand", "boat, sun, water", "a house and a tree on grass",
-    "a balloon above a mushroom in the sky", "a rocket left of a house at night", "a flower right of a car on brick",
-    "fish, mushroom, balloon, water", "a sun, a boat and a flower on sand", "house, car, tree, rocket, grass",
-)  # fmt: skip
 
 
 @dataclass
@@ -102,6 +106,7 @@ class Trainer:
         rest = [weight for weight in self.model.parameters() if id(weight) not in chosen]
         self.optimisers = [Muon(matrices, RATE), torch.optim.AdamW(rest, RATE, betas=(0.9, 0.98), weight_decay=0.0)]
         self.step, self.seconds = 0, 0.0
+        self.history: list[tuple[int, float, float]] = []
 
     def advance(self, used: float) -> float:
         """Take one optimiser step at a share `used` of the budget and return its loss."""
@@ -122,20 +127,18 @@ class Trainer:
         return loss.item()
 
     def _loss(self, coarse: bool) -> torch.Tensor:
-        """Rectified-flow loss of a batch that depends on the seed and the step only: a resumed run continues."""
+        """Mean squared error on a batch that depends on the seed and the step only: a resumed run continues."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_000 + self.step)
-        latents = self.examples.coarse if coarse else self.examples.fine
+        latents = self.examples.latents["coarse" if coarse else "fine"]
         rows, captions, length = self._captions(generator)
         image = latents[rows].float()
         noise = torch.randn(image.shape, generator=generator)
-        # logit-normal times moved towards noise, where the prompt decides what is drawn
-        at = torch.sigmoid(torch.randn(len(rows), generator=generator))
-        at = 2 * at / (1 + at)
-        image, noise, at = image.to(self.device), noise.to(self.device), at.to(self.device)
-        noisy = torch.lerp(image, noise, at.view(-1, *[1] * (image.ndim - 1)))
+        time = self.model.times(len(rows), generator)
+        seen, target = self.model.noised(*(values.to(self.device) for values in (image, noise, time)))
         with WrittenOutAttention() if self.device == "cpu" else contextlib.nullcontext():
-            velocity = self.model.velocity(noisy, at, self.model.embed(captions, length, generator))
-        return (velocity - (noise - image)).square().mean()
+            texts = self.model.embed(captions, length, generator)
+            predicted = self.model.predict(seen, time.to(self.device), texts)
+        return (predicted - target).square().mean()
 
     def _captions(self, generator: torch.Generator) -> tuple[torch.Tensor, list[str], int]:
         """Draw samples, a caption of each, some of them empty, and the number of T5 tokens."""
@@ -160,6 +163,7 @@ class Trainer:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "step": self.step,
             "seconds": self.seconds,
+            "history": self.history,
         }
 
     def restore(self, state: dict) -> None:
@@ -169,30 +173,30 @@ class Trainer:
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.history = state["history"]
 
 
-def train(
-    trainer: Trainer, vae: AutoencoderKL, budget: Budget, work: Path, save_every: float, draw_every: float
-) -> None:
-    """Train until the budget is used up, with a checkpoint and a picture of samples every so many seconds."""
-    last_save = last_drawing = last_print = time.monotonic()
+def train(trainer: Trainer, budget: Budget, work: Path, save_every: float, draw: Callable[[], None]) -> None:
+    """Train until the budget is used up, with a checkpoint and a page every so many seconds."""
+    last_save = last_entry = time.monotonic()
     losses: list[float] = []
     while (used := budget.used(trainer.step, trainer.seconds)) < 1:
         began = time.monotonic()
         losses.append(trainer.advance(used))
         now = time.monotonic()
         trainer.seconds += now - began
-        if now - last_print > 30:
-            mean, speed = sum(losses) / len(losses), len(losses) / (now - last_print)
+        if now - last_entry > 30:
+            mean, speed = sum(losses) / len(losses), len(losses) / (now - last_entry)
             print(f"step {trainer.step} used {used:.3f} loss {mean:.4f} {speed:.2f} steps/s", flush=True)
-            last_print, losses = now, []
+            trainer.history.append((trainer.step, trainer.seconds / 60, mean))
+            last_entry, losses = now, []
         if now - last_save > save_every:
             checkpoint(trainer, work)
-            last_save = now
-        if now - last_drawing > draw_every:
-            draw_samples(trainer, vae, work / f"samples-{trainer.step:06d}.png", used < trainer.recipe.coarse)
-            last_drawing = time.monotonic()
+            draw()
+            last_save = last_entry = time.monotonic()
+            losses = []
     checkpoint(trainer, work)
+    draw()
 
 
 def checkpoint(trainer: Trainer, work: Path) -> None:
@@ -201,50 +205,41 @@ def checkpoint(trainer: Trainer, work: Path) -> None:
     (work / "checkpoint.new").replace(work / "checkpoint.pt")
 
 
-def draw_samples(trainer: Trainer, vae: AutoencoderKL, file: Path, coarse: bool) -> None:
-    """Draw the fixed prompts with the averaged weights, without and with guidance, one row of images each."""
-    from PIL import Image
-
-    latents = trainer.examples.coarse if coarse else trainer.examples.fine
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    rows = [
-        decode(vae, sample(trainer.average, list(PROMPTS), latents.shape[1:], scheduler, 16, 0, scale))
-        for scale in (1.0, 3.0)
-    ]
-    picture = torch.cat([torch.cat(list(images), dim=1) for images in rows], dim=0).numpy()
-    enlarge = 128 // rows[0].shape[1]
-    size = (picture.shape[1] * enlarge, picture.shape[0] * enlarge)
-    Image.fromarray(picture).resize(size, Image.Resampling.NEAREST).save(file)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, help="pipeline directory to write; default WORK/pipeline")
     parser.add_argument("--work", type=Path, help="checkpoints and latents; default training/NAME")
-    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps, unless --minutes is given")
+    parser.add_argument("--steps", type=int, help="optimiser steps, unless --minutes is given; default the recipe's")
     parser.add_argument("--minutes", type=float, help="train this long instead")
-    parser.add_argument("--scenes", type=int, default=30_000)
-    parser.add_argument("--autoencoder-steps", type=int, default=2200)
+    parser.add_argument("--samples", type=int, help="scenes or clips to draw; default the recipe's")
+    parser.add_argument("--autoencoder-steps", type=int, help="default the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in WORK")
     parser.add_argument("--export-only", action="store_true", help="write the pipeline of the checkpoint and stop")
-    parser.add_argument("--save-every", type=float, default=300, help="seconds between checkpoints")
-    parser.add_argument("--draw-every", type=float, default=600, help="seconds between pictures of samples")
+    parser.add_argument("--save-every", type=float, default=300, help="seconds between checkpoints and pages")
     options = parser.parse_args(arguments)
-    options.work = options.work or Path("training") / options.name
-    options.work.mkdir(parents=True, exist_ok=True)
-    vae, examples = prepare(options.work, options.scenes, options.autoencoder_steps, options.seed, options.device)
-    trainer = Trainer(RECIPES[options.name], examples, options.seed, options.device)
+    recipe, work = RECIPES[options.name], options.work or Path("training") / options.name
+    work.mkdir(parents=True, exist_ok=True)
+    samples, steps = options.samples or recipe.samples, options.autoencoder_steps or recipe.autoencoder_steps
+    vae, examples = prepare(recipe.source, work, samples, steps, options.seed, options.device)
+    trainer = Trainer(recipe, examples, options.seed, options.device)
     if options.resume or options.export_only:
-        trainer.restore(torch.load(options.work / "checkpoint.pt", map_location=options.device))
+        trainer.restore(torch.load(work / "checkpoint.pt", map_location=options.device))
+    budget = Budget(options.steps or recipe.steps, options.minutes)
+
+    def draw() -> None:
+        coarse = budget.used(trainer.step, trainer.seconds) < recipe.coarse
+        shape = examples.latents["coarse" if coarse else "fine"].shape[1:]
+        sheet = contact_sheet(trainer.average, vae, recipe.source.prompts, shape)
+        write_page(work / "training.html", options.name, trainer.history, sheet, recipe.source.prompts)
+
     if not options.export_only:
-        budget = Budget(options.steps, options.minutes)
         with quick_matrix_products():
-            train(trainer, vae, budget, options.work, options.save_every, options.draw_every)
-    out = options.out or options.work / "pipeline"
+            train(trainer, budget, work, options.save_every, draw)
+    out = options.out or work / "pipeline"
     size = save(trainer.average, vae, out)
     minutes = trainer.seconds / 60
     print(f"step {trainer.step}, {minutes:.0f} minutes of training: {out} ({size / 1e6:.2f} MB of weights)")
