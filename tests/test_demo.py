@@ -1,5 +1,6 @@
 """The demo model that ships: stock classes, offline, small, and its pictures look like their captions."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
