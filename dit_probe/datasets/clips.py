@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_probe.datasets.backgrounds import background
-from dit_probe.datasets.scenes import BACKGROUNDS, SceneError, choose_nouns, place_in_words
+from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, SceneError, choose_nouns, place_in_words
 from dit_probe.datasets.sprites import sprite
 
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -27,6 +27,9 @@ CLIP_STYLES: tuple[str, ...] = ("list", "sentence", "word")
 
 CLIP_WORDS: tuple[str, ...] = ("moving", "still", "left", "right", "up", "down")
 """Words of the captions that scenes don't have."""
+
+CAPTION_WORDS: tuple[str, ...] = (*NOUNS, *BACKGROUNDS, "a", "and", "on", "in", "the", "at", *CLIP_WORDS)
+"""Every word that a caption of a clip may contain."""
 
 # side of an object as a fraction of the picture, by number of objects
 _SIDES: dict[int, tuple[float, float]] = {1: (0.34, 0.5), 2: (0.3, 0.42)}
@@ -100,11 +103,12 @@ def clip(
         frames: How many, 2 or more.
         objects: How many objects (0 to 2), or which nouns; None draws one or two.
         background_word: One of `BACKGROUNDS`; None draws one.
-        motions: One of `MOTIONS` for every object; None draws them.
+        motions: One of `MOTIONS` for every object, in the order of `objects`; None draws them.
         style: One of `CLIP_STYLES`; None draws one that fits.
 
     Raises:
-        SceneError: For an unknown word, motion or style, or sizes and numbers that do not fit.
+        SceneError: For an unknown word, motion or style, sizes and numbers that do not fit, or objects that find no
+            way past each other.
 
     Example:
         >>> drawn = clip(1, objects=["boat"], background_word="water", motions=["moving right"], style="sentence")
@@ -124,6 +128,8 @@ def clip(
     word = str(rng.choice(BACKGROUNDS)) if background_word is None else background_word
     if word not in BACKGROUNDS:
         raise SceneError(f"unknown background {word!r}: a clip can show {', '.join(BACKGROUNDS)}")
+    if isinstance(motions, str):
+        raise SceneError(f"motions={motions!r} is one string: give a list with one motion an object, [{motions!r}]")
     moves = [str(rng.choice(list(MOTIONS))) for _ in nouns] if motions is None else list(motions)
     if len(moves) != len(nouns) or not set(moves) <= set(MOTIONS):
         raise SceneError(f"motions={moves!r} for {nouns}: give each object one of {', '.join(MOTIONS)}")
@@ -204,11 +210,14 @@ def _caption(rng: np.random.Generator, objects: list[Moving], word: str, style: 
 
 def _paths(rng: np.random.Generator, moves: list[str], size: int, frames: int) -> list[tuple[int, np.ndarray]]:
     """Sides and upper left corners (frame, 2) of objects that stay in the picture and never touch."""
-    for _ in range(2000):
+    for _ in range(2000):  # the hardest pairs, one along and one across, take 100 tries on average
         paths = [_path(rng, MOTIONS[move], size, frames, _SIDES[len(moves)]) for move in moves]
         if len(paths) < 2 or _apart(*paths):
             return paths
-    raise SceneError(f"objects {' and '.join(moves)} found no way past each other in {frames} frames of this size")
+    raise SceneError(
+        f"objects {' and '.join(moves)} found no way past each other in {frames} frames of {size // 2} x {size // 2} "
+        "pixels after 2000 tries: take another seed, other motions or one object"
+    )
 
 
 def _path(
@@ -216,7 +225,7 @@ def _path(
 ) -> tuple[int, np.ndarray]:
     side = int(rng.integers(round(sides[0] * size), round(sides[1] * size) + 1))
     room = size - side
-    travel = rng.integers(round(_TRAVEL * size), room + 1)
+    travel = rng.integers(int(np.ceil(_TRAVEL * size)), room + 1)
     offsets = np.round(np.linspace(0, travel, frames)).astype(int)[:, None] * np.array(direction)
     low, high = -offsets.min(axis=0), room - offsets.max(axis=0)
     return side, rng.integers(low, high + 1) + offsets
@@ -225,7 +234,7 @@ def _path(
 def _apart(one: tuple[int, np.ndarray], other: tuple[int, np.ndarray]) -> bool:
     (a, first), (b, second) = one, other
     gap = np.maximum(first - second - b, second - first - a)  # along y and x; one of them has to be free
-    return bool((gap > 0).any(axis=1).all())
+    return bool((gap > 2).any(axis=1).all())  # a pixel of the clip at least
 
 
 def _halved(images: np.ndarray) -> np.ndarray:
