@@ -1,14 +1,16 @@
-"""The demo model that ships: stock classes, offline, small, and its pictures look like their captions."""
+"""The demo models that ship: stock classes, offline, small, and their pictures look like their captions."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline
+from transformers import CLIPTokenizer
 
 import dit_probe.demo as demo
 from dit_probe.datasets.scenes import BACKGROUNDS, scene
@@ -20,46 +22,75 @@ from dit_probe.demo.examples import draw_clips, draw_scenes, held_out
 from dit_probe.demo.flux import FluxDenoiser, positions
 from dit_probe.demo.muon import Muon
 from dit_probe.demo.sd3 import SD3Denoiser
-from dit_probe.demo.text import TRAINED, WORDS, clip_tokenizer, t5_encoder, t5_tokenizer, token_ids
+from dit_probe.demo.text import TRAINED, VIDEO_WORDS, WORDS, clip_tokenizer, t5_encoder, t5_tokenizer, token_ids
 from dit_probe.demo.train import RECIPES, main
 
-NAME = "flux-picturebook"
+FAMILIES = {
+    "flux-picturebook": ("FluxPipeline", "FluxTransformer2DModel"),
+    "sd35-picturebook": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
+    "cogvideox-picturebook": ("CogVideoXPipeline", "CogVideoXTransformer3DModel"),
+}
+SHIPPED = demo.names()
+SETTINGS: dict[str, Any] = {"num_inference_steps": 12, "max_sequence_length": 32, "output_type": "np"}
 
 
 @pytest.fixture(scope="module")
-def pipe() -> FluxPipeline:
-    pipe = FluxPipeline.from_pretrained(demo.path(NAME))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipes() -> dict[str, Any]:
+    """Every demo model, by plain `from_pretrained` of a stock class."""
+    made = {name: DiffusionPipeline.from_pretrained(demo.path(name)) for name in SHIPPED}
+    for pipe in made.values():
+        pipe.set_progress_bar_config(disable=True)
+    return made
 
 
-def draw(pipe: FluxPipeline, prompts: list[str], **arguments: object) -> np.ndarray:
-    settings = {"height": 64, "width": 64, "num_inference_steps": 12, "max_sequence_length": 32, "output_type": "np"}
-    return pipe(prompts, **{**settings, "generator": torch.Generator().manual_seed(0), **arguments}).images
+def draw(pipe: Any, prompts: list[str], **arguments: Any) -> np.ndarray:
+    """(prompt, frame, y, x, 3) from 0 to 1; one frame of image models."""
+    given = {**SETTINGS, "generator": torch.Generator().manual_seed(0), **arguments}
+    if isinstance(pipe, FluxPipeline):
+        given = {"height": 64, "width": 64, **given}
+    drawn = pipe(prompts, **given)
+    return drawn.frames if hasattr(drawn, "frames") else drawn.images[:, None]
 
 
-def test_plain_from_pretrained_gives_stock_classes_in_float32(pipe: FluxPipeline) -> None:
-    assert type(pipe) is FluxPipeline
-    assert type(pipe.transformer) is FluxTransformer2DModel
-    assert type(pipe.vae) is AutoencoderKL
-    for component in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        assert {weight.dtype for weight in component.parameters()} == {torch.float32}
-        assert all(torch.isfinite(weight).all() for weight in component.parameters())
+@pytest.mark.parametrize("name", SHIPPED)
+def test_plain_from_pretrained_gives_stock_classes_in_float32(name: str, pipes: dict[str, Any]) -> None:
+    pipe = pipes[name]
+    assert (type(pipe).__name__, type(pipe.transformer).__name__) == FAMILIES[name]
+    parts = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert len(parts) >= 3
+    for part in parts.values():
+        assert type(part).__module__.split(".")[0] in ("diffusers", "transformers")
+        assert {weight.dtype for weight in part.parameters()} == {torch.float32}
+        assert all(torch.isfinite(weight).all() for weight in part.parameters())
 
 
-def test_weights_fit_in_eight_megabytes() -> None:
-    files = list(demo.path(NAME).rglob("*.safetensors"))
-    assert len(files) == 4
-    assert sum(file.stat().st_size for file in files) <= 8_000_000
-    assert not list(demo.path(NAME).rglob("*.bin"))
+def test_weights_fit_in_eight_megabytes_each() -> None:
+    for name in SHIPPED:
+        files = list(demo.path(name).rglob("*.safetensors"))
+        assert len(files) >= 3
+        assert sum(file.stat().st_size for file in files) <= 8_000_000
+        assert not list(demo.path(name).rglob("*.bin"))
+        assert (demo.path(name) / "README.md").exists()
 
 
-def test_every_word_is_one_token(pipe: FluxPipeline) -> None:
-    for word in WORDS:
-        assert pipe.tokenizer_2.tokenize(word) == [f"▁{word}"]
-        assert pipe.tokenizer.tokenize(word) == [f"{word}</w>"]
-    unknown = pipe.tokenizer_2("zebra").input_ids
-    assert pipe.tokenizer_2.unk_token_id not in unknown
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_word_is_one_token(name: str, pipes: dict[str, Any]) -> None:
+    words = VIDEO_WORDS if name.startswith("cogvideox") else WORDS
+    tokenizers = [part for key, part in pipes[name].components.items() if key.startswith("tokenizer")]
+    for tokenizer in tokenizers:
+        for word in words:
+            assert len(tokenizer.tokenize(word)) == 1, (tokenizer, word)
+        assert tokenizer.unk_token_id not in tokenizer("zebra").input_ids or isinstance(tokenizer, CLIPTokenizer)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_tokenizers_are_those_of_the_recipe(name: str, pipes: dict[str, Any]) -> None:
+    caption = "a sun left of a boat, water zebra"
+    words = VIDEO_WORDS if name.startswith("cogvideox") else WORDS
+    for key, tokenizer in pipes[name].components.items():
+        if key.startswith("tokenizer"):
+            made = clip_tokenizer() if isinstance(tokenizer, CLIPTokenizer) else t5_tokenizer(words)
+            assert tokenizer(caption).input_ids == made(caption).input_ids
 
 
 def test_every_caption_is_made_of_trained_words() -> None:
@@ -67,40 +98,49 @@ def test_every_caption_is_made_of_trained_words() -> None:
         assert set(scene(seed).caption.replace(",", "").split()) <= set(TRAINED)
 
 
-def test_shipped_tokenizers_are_those_of_the_recipe(pipe: FluxPipeline) -> None:
-    caption = "a sun left of a boat, water zebra"
-    assert pipe.tokenizer_2(caption).input_ids == t5_tokenizer()(caption).input_ids
-    assert pipe.tokenizer(caption).input_ids == clip_tokenizer()(caption).input_ids
-
-
-def test_pictures_have_the_background_that_was_asked_for(pipe: FluxPipeline) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_pictures_have_the_background_that_was_asked_for(name: str, pipes: dict[str, Any]) -> None:
     """Of real scenes on every background, the picture's median colour is nearest to the one in the prompt."""
-    images = draw(pipe, [f"boat, {word}" for word in BACKGROUNDS])
+    images = draw(pipes[name], [f"house, {word}" for word in BACKGROUNDS])
     drawn = np.median(images.reshape(len(images), -1, 3), axis=1)
     real = [np.median(scene(7, objects=["boat"], background_word=w).image.reshape(-1, 3), axis=0) for w in BACKGROUNDS]
     nearest = np.linalg.norm(drawn[:, None] - np.array(real)[None] / 255, axis=-1).argmin(axis=1)
     assert nearest.tolist() == list(range(len(BACKGROUNDS)))
 
 
-def test_pictures_show_something_smooth_and_reproducible(pipe: FluxPipeline) -> None:
-    images = draw(pipe, ["a sun on grass"])
-    assert images.shape == (1, 64, 64, 3)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_pictures_show_something_smooth_and_reproducible(name: str, pipes: dict[str, Any]) -> None:
+    images = draw(pipes[name], ["a sun on grass"])
     assert images.std() > 0.05
     # noise differs from pixel to pixel as much as from one end of the picture to the other; drawings don't
-    assert np.abs(np.diff(images, axis=2)).mean() < 0.35 * images.std()
-    assert np.array_equal(images, draw(pipe, ["a sun on grass"]))
-    yellow = (images[0, ..., 0] > 0.85) & (images[0, ..., 1] > 0.6) & (images[0, ..., 2] < 0.5)
-    assert 40 < yellow.sum() < 1200
+    assert np.abs(np.diff(images, axis=3)).mean() < 0.35 * images.std()
+    assert np.array_equal(images, draw(pipes[name], ["a sun on grass"]))
+    yellow = (images[0, 0, ..., 0] > 0.8) & (images[0, 0, ..., 1] > 0.55) & (images[0, 0, ..., 2] < 0.5)
+    assert 0.01 < yellow.mean() < 0.3
 
 
-def test_plain_call_with_512_unmasked_pads_draws_the_same_kind_of_picture(pipe: FluxPipeline) -> None:
-    """The stock default pads T5 to 512 tokens and masks none of them."""
-    short, long = (draw(pipe, ["a car on sand"], num_inference_steps=4, max_sequence_length=n) for n in (32, 512))
-    medians = [np.median(images.reshape(-1, 3), axis=0) for images in (short, long)]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_many_unmasked_pads_of_a_plain_call_change_little(name: str, pipes: dict[str, Any]) -> None:
+    """The stock defaults pad T5 to 226, 256 or 512 tokens and mask none of them."""
+    most = {"flux-picturebook": 512, "sd35-picturebook": 256, "cogvideox-picturebook": 226}[name]
+    drawn = [draw(pipes[name], ["a car on sand"], num_inference_steps=6, max_sequence_length=n) for n in (32, most)]
+    medians = [np.median(images.reshape(-1, 3), axis=0) for images in drawn]
     assert np.abs(medians[0] - medians[1]).max() < 0.1
 
 
-def test_autoencoder_is_faithful(pipe: FluxPipeline) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_plain_call_draws_at_the_size_of_the_training(name: str) -> None:
+    loaded = demo.load(name)
+    loaded.set_progress_bar_config(disable=True)
+    drawn = loaded("a sun on water", num_inference_steps=1)
+    if name.startswith("cogvideox"):
+        assert (len(drawn.frames[0]), drawn.frames[0][0].size) == (9, (32, 32))
+    else:
+        assert drawn.images[0].size == (64, 64)
+
+
+def test_autoencoder_is_faithful(pipes: dict[str, Any]) -> None:
+    pipe = pipes["flux-picturebook"]
     pixels = to_pixels(np.stack([scene(9_000_000 + seed).image for seed in range(8)]))
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.mode()
@@ -110,16 +150,9 @@ def test_autoencoder_is_faithful(pipe: FluxPipeline) -> None:
     assert 0.8 < float(scaled.std()) < 1.2
 
 
-def test_load_draws_at_the_size_of_the_training() -> None:
-    loaded = demo.load(NAME)
-    loaded.set_progress_bar_config(disable=True)
-    image = loaded("a sun on water", num_inference_steps=1, max_sequence_length=32).images[0]
-    assert image.size == (64, 64)
-
-
 def test_unknown_name_lists_those_known() -> None:
-    assert NAME in demo.names()
-    with pytest.raises(demo.DemoError, match=f"no demo model 'flux-comics'.*{NAME}"):
+    assert set(demo.names()) <= set(FAMILIES)
+    with pytest.raises(demo.DemoError, match="no demo model 'flux-comics'.*flux-picturebook"):
         demo.load("flux-comics")
 
 
@@ -200,8 +233,8 @@ def test_the_video_model_predicts_what_its_scheduler_takes() -> None:
         assert torch.allclose(found, image, atol=1e-4), timestep
 
 
-def test_saved_pipeline_computes_what_was_trained(tmp_path: Path, pipe: FluxPipeline) -> None:
-    model = FluxDenoiser()
+def test_saved_pipeline_computes_what_was_trained(tmp_path: Path, pipes: dict[str, Any]) -> None:
+    pipe, model = pipes["flux-picturebook"], FluxDenoiser()
     model.transformer.load_state_dict(pipe.transformer.state_dict())
     save(model, pipe.vae, tmp_path)
     again = FluxPipeline.from_pretrained(tmp_path)
