@@ -1,198 +1,400 @@
 """How well maps fall on masks: per image, over labelled arrays; what is undefined is NaN, never a number.
 
-A map has one value a token, a mask one a pixel, and every pixel has the value of its token: tokens are weighted with
-their covered and uncovered pixels, which gives the same numbers as maps enlarged to the mask's size.
+A map has one value a token, a mask one a pixel; every pixel has the value of its token (nearest, see `resize`). Tokens
+are weighted with their covered and uncovered pixels: the numbers of enlarged maps. All frames of a video count as one.
+
+| metric | what it is | NaN where |
+|---|---|---|
+| ``auroc`` | P(s+ > s-) + P(s+ = s-) / 2 over object and other pixels; chance is 0.5 | no object, or nothing else |
+| ``ap`` | foreground average precision, sum_n (R_n - R_{n-1}) P_n; chance is the object's share | no object |
+| ``max_f1`` | highest 2 TP / (2 TP + FP + FN) of any threshold: the mask chooses it | no object |
+| ``pixel_accuracy`` | (TP + TN) / pixels | all void |
+| ``iou_foreground`` | TP / (TP + FP + FN) | no object |
+| ``iou_macro`` | mean of TP / (TP + FP + FN) and TN / (TN + FP + FN) | no object, or nothing else |
+| ``boundary_f`` | 2 P R / (P + R) of inner rims, within 0.75 % of the diagonal and at least 1 px | no outline |
+| ``pointing`` | is the highest pixel on the object? Ties: the share of them that is | no object |
+| ``energy_pointing`` | sum of s over the object / sum of s, s >= 0 | no object, or nothing but zeros |
+
+With a threshold, ``(s - min s) / (max s - min s) > threshold`` is predicted; of a constant map, nothing. Three metrics
+are wrong, and there to compare with printed tables:
+
+* ``ap_legacy``, mAP of Tables 1, 2, 4, 5: AP of (1-S, S) on labels (1-T, T), S min-maxed; depends on S's calibration.
+* ``iou_pooled_legacy``, ImageNet-Segmentation's mIoU in Tables 4 and 5 and most rows of 1 and 2: object and background
+  share an intersection and a union, Acc / (2 - Acc), never below macro IoU. Over images: `statistics`.
+* ``pixel_accuracy_void_as_error``, PascalVOC's Acc in Tables 1 and 2: 2 (TP + TN) / (2 valid + void). One of a void
+  pixel's two channels is kept and never matches: a perfect prediction with 3.5 % void gets 98.2 %.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from dit_probe.errors import DitProbeError
 
+Threshold = Literal["mean", "otsu"] | float
+Names = tuple[str, ...]
+Given = tuple[xr.DataArray, xr.DataArray, xr.DataArray | None]
+Measure = Callable[["_Block"], np.ndarray]
+
+DEFAULT = ("auroc", "ap", "max_f1", "pixel_accuracy", "iou_foreground", "iou_macro", "pointing")
+METRICS = (*DEFAULT, "boundary_f", "energy_pointing", "ap_legacy", "iou_pooled_legacy", "pixel_accuracy_void_as_error")
+COUNTS = ("true_positive", "false_positive", "false_negative", "true_negative")
+
 _PLACE = ("frame", "y", "x")
+_NUMBERS = 2**20  # in an array at a time: the ranks of a whole run would be gigabytes
+_by = partial(np.take_along_axis, axis=-1)
 
 
 class MetricError(DitProbeError):
-    """Maps and masks that cannot be compared."""
+    """Maps and masks that cannot be compared, or numbers that cannot be summed up."""
 
 
-def auroc(maps: xr.DataArray, masks: xr.DataArray) -> xr.DataArray:
-    """Area under the ROC curve: the chance that a pixel of the object has a higher value than any other pixel.
-
-    ``P(s+ > s-) + P(s+ = s-) / 2``. Chance is 0.5; so is a constant map.
-
-    Args:
-        maps: (..., [frame,] y, x) in any units.
-        masks: (..., [frame,] y, x) bool, at the maps' size or an integer multiple in y and x. Dims that only one of
-            the two has are broadcast.
-
-    Returns:
-        The leading dims; NaN where a mask has no pixels or nothing but pixels.
-
-    Raises:
-        MetricError: NaN in a map; masks that are not boolean; sizes that do not divide.
-
-    Example:
-        >>> maps = xr.DataArray([[0.9, 0.1], [0.2, 0.1]], dims=("y", "x"))
-        >>> float(auroc(maps, maps > 0.5))
-        1.0
-    """
-    return _ranked(maps, masks, _auroc)
-
-
-def average_precision(maps: xr.DataArray, masks: xr.DataArray) -> xr.DataArray:
-    """Precision at every threshold, weighted with the recall that it adds; chance is the object's share of pixels.
-
-    ``sum_n (R_n - R_{n-1}) P_n`` over distinct values, as scikit-learn defines it. Foreground only.
-
-    Args:
-        maps: as for `auroc`.
-        masks: as for `auroc`.
-
-    Returns:
-        The leading dims; NaN where a mask has no pixels.
-
-    Raises:
-        MetricError: as `auroc`.
-
-    Example:
-        >>> maps = xr.DataArray([[0.9, 0.1], [0.2, 0.1]], dims=("y", "x"))
-        >>> float(average_precision(maps, maps < 0.15))
-        0.5
-    """
-    return _ranked(maps, masks, _average_precision)
-
-
-def right_of_two(maps: xr.DataArray, masks: xr.DataArray, concept: str = "concept") -> xr.DataArray:
-    """At the pixels of one object, is its own map higher than the other object's? Mean over the two.
-
-    A tie counts half. Chance is 0.5, also for any one map given to both.
+def score(
+    maps: xr.DataArray,
+    masks: xr.DataArray,
+    *,
+    valid: xr.DataArray | None = None,
+    metrics: str | Sequence[str] = DEFAULT,
+    threshold: Threshold = "mean",
+) -> xr.Dataset:
+    """Metrics of every map against its mask; their equations stand in the table of this module.
 
     Args:
         maps: (..., concept, [frame,] y, x) in any units.
-        masks: (..., concept, [frame,] y, x) bool. Compared are the two concepts that have pixels.
-        concept: the dim of the concepts.
+        masks: (..., concept, [frame,] y, x) bool, at the maps' size or an integer multiple of it in y and x. Dims that
+            only one of the two has are broadcast: layers and steps are one call.
+        valid: (..., [frame,] y, x) bool at the masks' size; False is void and counts nowhere. None: all are valid.
+        metrics: names of that table, of `METRICS`.
+        threshold: ``mean`` of the min-maxed map over pixels, plus 1e-12 (more than rounding); ``otsu``, between the two
+            groups of highest ``w0 w1 (m0 - m1)^2`` (Otsu 1979, over values, not a histogram); or a number in 0..1.
 
     Returns:
-        The leading dims; NaN unless exactly two concepts have pixels.
+        One variable a metric over the leading dims (..., concept), float64. Undefined is NaN.
 
     Raises:
-        MetricError: as `auroc`.
+        MetricError: an unknown argument; NaN or infinity in a map; masks that are not boolean; dims, sizes or labels
+            that do not fit; negative values under ``energy_pointing``.
+
+    Example:
+        >>> maps = xr.DataArray([[[0.9, 0.1], [0.2, 0.1]]], dims=("concept", "y", "x"), coords={"concept": ["boat"]})
+        >>> found = score(maps, maps > 0.5, metrics=("auroc", "iou_macro"))
+        >>> float(found.auroc.sel(concept="boat")), float(found.iou_macro[0])
+        (1.0, 1.0)
+    """
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise MetricError(f"no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}")
+
+    def measure(block: _Block) -> np.ndarray:
+        return np.stack([getattr(block, name)() for name in names], axis=-1)
+
+    found = _measured(measure, ", ".join(names), (maps, masks, valid), threshold, adds=("metric",))
+    return found.assign_coords(metric=list(names)).to_dataset("metric").assign_attrs(threshold=threshold)
+
+
+def auroc(maps: xr.DataArray, masks: xr.DataArray) -> xr.DataArray:
+    """Area under the ROC curve: that metric of `score`."""
+    return score(maps, masks, metrics="auroc")["auroc"]
+
+
+def average_precision(maps: xr.DataArray, masks: xr.DataArray) -> xr.DataArray:
+    """Foreground average precision: ``ap`` of `score`."""
+    return score(maps, masks, metrics="ap")["ap"]
+
+
+def counts(
+    maps: xr.DataArray, masks: xr.DataArray, *, valid: xr.DataArray | None = None, threshold: Threshold = "mean"
+) -> xr.DataArray:
+    """Pixels right and wrong, (..., concept, count) with the labels `COUNTS`; arguments and errors as `score`.
+
+    Example:
+        >>> maps = xr.DataArray([[0.9, 0.1], [0.2, 0.1]], dims=("y", "x"))
+        >>> counts(maps, maps > 0.15).values.tolist()
+        [1.0, 0.0, 1.0, 2.0]
+    """
+    table = _measured(
+        lambda block: np.stack(block.counts, -1), "counts", (maps, masks, valid), threshold, adds=("count",)
+    )
+    return table.assign_coords(count=list(COUNTS))
+
+
+def right_of_two(
+    maps: xr.DataArray, masks: xr.DataArray, concept: str = "concept", *, valid: xr.DataArray | None = None
+) -> xr.DataArray:
+    """At the pixels of one object, is its own map higher than the other object's? Mean over the two.
+
+    A tie counts half. Chance is 0.5, also for any one map given to both; NaN unless exactly two concepts have pixels.
+    The dim `concept` goes. Arguments and errors are those of `score`.
 
     Example:
         >>> maps = xr.DataArray([[[0.9, 0.1]], [[0.2, 0.5]]], dims=("concept", "y", "x"))
         >>> float(right_of_two(maps, maps > 0.4))
         1.0
     """
-    values, inside, _, lead = _aligned(maps, masks, concept)
-    covered = inside.sum(axis=-1)
-    present = covered > 0
-    if values.shape[-2] < 2:
-        return xr.full_like(lead.isel({concept: 0}, drop=True), np.nan)
-    pair = np.argsort(~present, axis=-1, kind="stable")[..., :2, None]
-    a, b = np.moveaxis(np.take_along_axis(values, pair, axis=-2), -2, 0)
-    first, second = np.moveaxis(np.take_along_axis(inside, pair, axis=-2), -2, 0)
-    win = (a > b) + 0.5 * (a == b)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = ((win * first).sum(-1) / first.sum(-1) + ((1 - win) * second).sum(-1) / second.sum(-1)) / 2
-    return lead.isel({concept: 0}, drop=True).copy(data=np.where(present.sum(axis=-1) == 2, mean, np.nan))
+
+    def measure(block: _Block) -> np.ndarray:
+        present = block.inside.sum(-1) > 0
+        two = present.sum(-1) == 2
+        pair = np.take(np.argsort(present, axis=-1), [-2, -1], axis=-1, mode="wrap")[..., None]  # one: with itself
+        parts = (np.take_along_axis(part, pair, axis=1) for part in (block.values, block.inside))
+        (a, b), (first, second) = (np.moveaxis(part, 1, 0) for part in parts)
+        win = (a > b) + 0.5 * (a == b)
+        means = [_ratio((part * own).sum(-1), own.sum(-1), two) for part, own in ((win, first), (1 - win, second))]
+        return np.mean(means, axis=0)
+
+    return _measured(measure, "right_of_two", (maps, masks, valid), together=(concept,))
 
 
-def argmax_iou(maps: xr.DataArray, masks: xr.DataArray, concept: str = "concept") -> xr.DataArray:
+def argmax_iou(
+    maps: xr.DataArray, masks: xr.DataArray, concept: str = "concept", *, valid: xr.DataArray | None = None
+) -> xr.DataArray:
     """Intersection over union of every concept when each pixel goes to the concept with the highest map.
 
     A pixel of several highest maps is shared among them. Give a concept, such as the background word, its mask too:
-    pixels of no mask count against whoever gets them.
-
-    Args:
-        maps: (..., concept, [frame,] y, x) in any units.
-        masks: (..., concept, [frame,] y, x) bool.
-        concept: the dim of the concepts.
-
-    Returns:
-        (..., concept); NaN where neither mask nor map has a pixel. Its mean over concepts is the macro mIoU.
-
-    Raises:
-        MetricError: as `auroc`.
+    pixels of no mask count against whoever gets them. NaN where neither mask nor map has a pixel; `statistics.macro`
+    is the mean of the others. Arguments and errors are those of `score`.
 
     Example:
         >>> maps = xr.DataArray([[[0.9, 0.1]], [[0.2, 0.5]]], dims=("concept", "y", "x"))
         >>> argmax_iou(maps, maps > 0.4).values.tolist()
         [1.0, 1.0]
     """
-    values, inside, outside, lead = _aligned(maps, masks, concept)
-    highest = values == values.max(axis=-2, keepdims=True)
-    share = highest / highest.sum(axis=-2, keepdims=True)
-    both = (share * inside).sum(axis=-1)
-    union = inside.sum(axis=-1) + (share * outside).sum(axis=-1)
-    with np.errstate(invalid="ignore"):
-        return lead.copy(data=np.where(union > 0, both / union, np.nan))
+
+    def measure(block: _Block) -> np.ndarray:
+        highest = block.values == block.values.max(axis=1, keepdims=True)
+        share = highest / highest.sum(axis=1, keepdims=True)
+        return _ratio((share * block.inside).sum(-1), (block.inside + share * block.outside).sum(-1))
+
+    return _measured(measure, "argmax_iou", (maps, masks, valid), together=(concept,), adds=(concept,))
 
 
-def _auroc(inside: np.ndarray, outside: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Of tokens in the order of falling values; `first` and `last` bound each one's ties."""
-    below = outside.sum(axis=-1, keepdims=True) - _upto(outside, last)
-    ties = _upto(outside, last) - _upto(outside, first) + np.take_along_axis(outside, first, axis=-1)
-    return (inside * (below + ties / 2)).sum(axis=-1) / (inside.sum(axis=-1) * outside.sum(axis=-1))
+def resize(array: xr.DataArray, y: int, x: int, method: Literal["nearest", "bilinear"] = "nearest") -> xr.DataArray:
+    """Bring maps (..., y, x) to another size, each value standing at the centre of its token.
+
+    ``nearest``: a pixel has the value of the token it lies in. ``bilinear``: linear between the centres of tokens and
+    constant beyond the outermost, as torch's ``interpolate(align_corners=False)``; made smaller, it is not averaged.
+    Coordinates of y and x are dropped, for they count tokens. MetricError: no y or x, another method, a size below 1.
+
+    Example:
+        >>> small = xr.DataArray([[0.0, 1.0]], dims=("y", "x"))
+        >>> resize(small, 1, 4).values.tolist(), resize(small, 1, 4, "bilinear").values.tolist()
+        ([[0.0, 0.0, 1.0, 1.0]], [[0.0, 0.25, 0.75, 1.0]])
+    """
+    if method not in ("nearest", "bilinear") or min(y, x) < 1:
+        raise MetricError(f"resize to {y} x {x}, method={method!r}: 1 x 1 or more, and 'nearest' or 'bilinear'")
+    _check(array, "maps", "resize", kinds="biuf")
+    array = array.drop_vars([name for name, coordinate in array.coords.items() if {*coordinate.dims} & {"y", "x"}])
+    for dim, size in (("y", y), ("x", x)):
+        last = array.sizes[dim] - 1
+        place = (np.arange(size) + 0.5) * (last + 1) / size - 0.5
+        if method == "nearest":
+            array = array.isel({dim: np.floor(place + 0.5).astype(int)})
+        else:
+            low = np.clip(np.floor(place).astype(int), 0, last)
+            share = xr.DataArray(np.clip(place - low, 0, 1).astype(np.result_type(array.dtype, np.float32)), dims=dim)
+            array = array.isel({dim: low}) * (1 - share) + array.isel({dim: np.minimum(low + 1, last)}) * share
+    return array
 
 
-def _average_precision(inside: np.ndarray, outside: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    found = _upto(inside, last)
-    seen = found + _upto(outside, last)
-    return (inside * found / np.where(seen > 0, seen, 1)).sum(axis=-1) / inside.sum(axis=-1)
+@dataclass(frozen=True)
+class _Block:
+    """Some rows, (row, token) or (row, concept, token). A method with the name of a metric gives it for each row."""
+
+    values: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    threshold: Threshold
+    token: tuple[int, int]  # how many pixels tall and wide
+    pixels: list[np.ndarray]  # masks, and what is valid: (row, frame, y, x)
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        return self.inside + self.outside
+
+    @cached_property
+    def curve(self) -> tuple[np.ndarray, ...]:
+        """By falling value: order, where a value ends, object and other pixels down to there and of each value."""
+        order = np.argsort(-self.values, axis=-1)
+        values, inside, outside = (_by(part, order) for part in (self.values, self.inside, self.outside))
+        ends = np.diff(values, axis=-1, append=np.nan) != 0
+        totals = [np.cumsum(part, axis=-1) for part in (inside, outside)]
+        # Totals never fall: up to the end of its ties, the highest so far is that of the value before.
+        reached = [np.maximum.accumulate(np.where(ends, total, 0), axis=-1) for total in totals]
+        return order, ends, *totals, *(np.diff(total, axis=-1, prepend=0) for total in reached)
+
+    @cached_property
+    def scaled(self) -> np.ndarray:
+        """Min-maxed over valid pixels; 0 where a map is constant."""
+        low = np.where(self.weight > 0, self.values, np.inf).min(-1, keepdims=True)
+        span = np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True) - low
+        return np.where(span > 0, self.values - low, 0) / np.where(span > 0, span, 1)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        if isinstance(self.threshold, (int, float)):
+            return self.scaled > self.threshold
+        if self.threshold == "mean":
+            return self.scaled - 1e-12 > _ratio((self.scaled * self.weight).sum(-1), self.weight.sum(-1))[:, None]
+        order, ends, *_ = self.curve
+        values, weight = _by(self.scaled, order), _by(self.weight, order)
+        above, mass = np.cumsum(weight, axis=-1), np.cumsum(weight * values, axis=-1)
+        below = above[:, -1:] - above
+        spread = (mass * above[:, -1:] - mass[:, -1:] * above) ** 2 / np.maximum(above * below, 1)
+        last = np.where(ends & (below > 0), spread, 0).argmax(-1)
+        return self.scaled > _by(values, np.minimum(last + 1, values.shape[-1] - 1)[:, None])
+
+    @cached_property
+    def counts(self) -> tuple[np.ndarray, ...]:
+        true, false = ((self.predicted * part).sum(-1) for part in (self.inside, self.outside))
+        return true, false, self.inside.sum(-1) - true, self.outside.sum(-1) - false
+
+    def auroc(self) -> np.ndarray:
+        _, _, true, _, gained, spent = self.curve
+        return _ratio((spent * (true - gained / 2)).sum(-1), self.inside.sum(-1) * self.outside.sum(-1))
+
+    def ap(self) -> np.ndarray:
+        _, _, true, false, gained, _ = self.curve
+        return _ratio((gained * true / np.maximum(true + false, 1)).sum(-1), self.inside.sum(-1))
+
+    def max_f1(self) -> np.ndarray:
+        _, ends, true, false, *_ = self.curve
+        return (ends * 2 * _ratio(true, true + false + self.inside.sum(-1, keepdims=True), true[:, -1:] > 0)).max(-1)
+
+    def pixel_accuracy(self) -> np.ndarray:
+        true, false, missed, rest = self.counts
+        return _ratio(true + rest, true + false + missed + rest)
+
+    def iou_foreground(self) -> np.ndarray:
+        true, false, missed, _ = self.counts
+        return _ratio(true, true + false + missed, true + missed > 0)
+
+    def iou_macro(self) -> np.ndarray:
+        _, false, missed, rest = self.counts
+        return (self.iou_foreground() + _ratio(rest, rest + false + missed, rest + false > 0)) / 2
+
+    def boundary_f(self) -> np.ndarray:
+        try:
+            from scipy import ndimage
+        except ImportError:
+            raise MetricError("boundary_f needs SciPy: pip install 'dit-probe[eval]'") from None
+        spread: Any = ndimage.binary_dilation  # its types say that it gives floats
+        mask, valid = self.pixels
+        (tall, wide), (*frames, height, width) = self.token, mask.shape
+        predicted = self.predicted.reshape(*frames, height // tall, width // wide).repeat(tall, -2).repeat(wide, -1)
+        cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
+        drawn, true = (area & spread(~area, cross) for area in (predicted, mask & valid))
+        reach = max(1.0, 0.0075 * math.hypot(height, width))
+        ruler = np.arange(-int(reach), int(reach) + 1)
+        disk = (ruler[:, None] ** 2 + ruler**2 <= reach**2)[None, None]
+        claimed, pixels = drawn & valid, (1, 2, 3)
+        hits, claims = (claimed & spread(true, disk)).sum(pixels), claimed.sum(pixels)
+        precision = np.where(claims > 0, hits / np.maximum(claims, 1), 1)  # nothing claimed, nothing wrong
+        recall = _ratio((true & spread(drawn, disk)).sum(pixels), true.sum(pixels))
+        return np.where(recall == 0, 0, _ratio(2 * precision * recall, precision + recall))
+
+    def pointing(self) -> np.ndarray:
+        top = self.values == np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True)
+        return _ratio((top * self.inside).sum(-1), (top * self.weight).sum(-1), self.inside.any(-1))
+
+    def energy_pointing(self) -> np.ndarray:
+        if (low := self.values.min()) < 0:
+            raise MetricError(f"energy_pointing of maps down to {low:.3g}: use maps >= 0, as after a softmax")
+        return _ratio((self.values * self.inside).sum(-1), (self.values * self.weight).sum(-1), self.inside.any(-1))
+
+    def ap_legacy(self) -> np.ndarray:
+        parts = (1 - self.scaled, self.scaled), (self.outside, self.inside), (self.inside, self.outside)
+        values, inside, outside = (np.concatenate(part, axis=-1) for part in parts)
+        return replace(self, values=values, inside=inside, outside=outside).ap()
+
+    def iou_pooled_legacy(self) -> np.ndarray:
+        return (accuracy := self.pixel_accuracy()) / (2 - accuracy)
+
+    def pixel_accuracy_void_as_error(self) -> np.ndarray:
+        valid, (tall, wide) = self.weight.sum(-1), self.token
+        return 2 * self.pixel_accuracy() * valid / (valid + self.weight.shape[-1] * tall * wide)
 
 
-def _upto(weights: np.ndarray, index: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(np.cumsum(weights, axis=-1), index, axis=-1)
+def _ratio(part: np.ndarray, whole: np.ndarray, about: Any = True) -> np.ndarray:
+    """NaN where there is nothing to divide by, or nothing of what the ratio is about."""
+    defined = (whole > 0) & about
+    return np.where(defined, part, np.nan) / np.where(defined, whole, 1)
 
 
-def _ranked(maps: xr.DataArray, masks: xr.DataArray, measure: Any) -> xr.DataArray:
-    values, inside, outside, lead = _aligned(maps, masks)
-    order = np.argsort(-values, axis=-1, kind="stable")
-    values, inside, outside = (np.take_along_axis(part, order, axis=-1) for part in (values, inside, outside))
-    number = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
-    starts = np.ones(values.shape, dtype=bool)
-    starts[..., 1:] = values[..., 1:] != values[..., :-1]
-    ends = np.roll(starts, -1, axis=-1)
-    ends[..., -1] = True
-    first = np.maximum.accumulate(np.where(starts, number, 0), axis=-1)
-    last = np.where(ends, number, values.shape[-1] - 1)
-    last = np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return lead.copy(data=measure(inside, outside, first, last))
+def _measured(
+    of: Measure, purpose: str, given: Given, threshold: Threshold = "mean", together: Names = (), adds: Names = ()
+) -> xr.DataArray:
+    """Measure block by block; dims are the leading ones without those `together`, then those that the measure adds."""
+    if threshold not in ("mean", "otsu") and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+        raise MetricError(f"threshold={threshold!r} is neither 'mean', 'otsu' nor a number in 0..1")
+    maps, masks, valid = _fitting(purpose, given, together)
+    tall, wide = (masks.sizes[dim] // maps.sizes[dim] for dim in ("y", "x"))
+    covered = [(part & valid).coarsen(y=tall, x=wide).sum() for part in (masks, ~masks)]
+    pixels = [array.rename(y="pixel_y", x="pixel_x") for array in xr.broadcast(masks, valid)]
+    grid, fine = ([array.sizes[dim] for dim in _PLACE] for array in (maps, masks))
+    row = [*(maps.sizes[dim] for dim in together), math.prod(grid)]
+    cores = [[*together, *_PLACE]] * 3 + [[*together, "frame", "pixel_y", "pixel_x"]] * 2
+    step = max(1, _NUMBERS // math.prod(fine if "boundary_f" in purpose else row))
+
+    def blocks(*arrays: np.ndarray) -> np.ndarray:
+        leads = [a.shape[: a.ndim - len(core)] for a, core in zip(arrays, cores, strict=True)]
+        shape = np.broadcast_shapes(*leads)
+        # Views: nothing is copied along dims that only maps or only masks have.
+        wholes = [np.broadcast_to(a, shape + a.shape[len(own) :]) for a, own in zip(arrays, leads, strict=True)]
+
+        def block(start: int) -> _Block:
+            index = np.unravel_index(np.arange(start, min(start + step, math.prod(shape))), shape) if shape else (None,)
+            values, inside, outside = (whole[index].reshape(-1, *row).astype(float) for whole in wholes[:3])
+            pixels = [whole[index] for whole in wholes[3:] if "boundary_f" in purpose]
+            return _Block(values, inside, outside, threshold, (tall, wide), pixels)
+
+        found = np.concatenate([of(block(start)) for start in range(0, math.prod(shape), step)])
+        return found.reshape([*shape, *found.shape[1:]])
+
+    return xr.apply_ufunc(blocks, maps, *covered, *pixels, input_core_dims=cores, output_core_dims=[adds])
 
 
-def _aligned(
-    maps: xr.DataArray, masks: xr.DataArray, concept: str | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, xr.DataArray]:
-    """Values, covered and uncovered pixels as (..., token), and an array of the leading dims to fill."""
-    if masks.dtype != bool:
-        raise MetricError(f"masks are {masks.dtype}: give booleans, for example masks > 0.5")
-    for array, name in ((maps, "maps"), (masks, "masks")):
-        if missing := {"y", "x", *([concept] if concept else [])} - set(array.dims):
-            raise MetricError(f"{name} have the dims {array.dims}, without {' and '.join(sorted(missing))}")
-    tall, wide = (masks.sizes[dim] / maps.sizes[dim] for dim in ("y", "x"))
-    if tall != int(tall) or wide != int(wide):
-        raise MetricError(
-            f"masks of {masks.sizes['y']} x {masks.sizes['x']} pixels over maps of {maps.sizes['y']} x "
-            f"{maps.sizes['x']} tokens: pixels have to fill tokens. Resize the maps or the masks first"
+def _check(array: xr.DataArray, name: str, purpose: str, needed: Sequence[str] = ("y", "x"), kinds: str = "b") -> None:
+    if not isinstance(array, xr.DataArray):
+        raise MetricError(f"{purpose}: {name} are {type(array).__name__}, not an xarray.DataArray with named dims")
+    if missing := [dim for dim in needed if not array.sizes.get(dim)]:
+        raise MetricError(f"{purpose}: {name} have the dims {dict(array.sizes)}, without {' and '.join(missing)}")
+    if array.dtype.kind not in kinds:
+        fix = "booleans, for example masks > 0.5" if kinds == "b" else "numbers"
+        raise MetricError(f"{purpose}: {name} are {array.dtype}: give {fix}")
+
+
+def _fitting(purpose: str, given: Given, together: Names) -> list[xr.DataArray]:
+    """Refuse what does not belong together; the rest is in memory, has frames, and no coordinates of pixels."""
+    maps, masks, valid = given
+    _check(maps, "maps", purpose, (*together, "y", "x"), "biuf")
+    _check(masks, "masks", purpose, (*together, "y", "x"))
+    valid = xr.ones_like(masks) if valid is None else valid
+    _check(valid, "valid", purpose)
+    tokens, pixels, also = ((array.sizes["y"], array.sizes["x"]) for array in (maps, masks, valid))
+    if pixels[0] % tokens[0] or pixels[1] % tokens[1] or pixels != also:
+        found = (
+            f"masks of {pixels[0]} x {pixels[1]} pixels over maps of {tokens[0]} x {tokens[1]} tokens, valid of {also}"
         )
-    if bool(maps.isnull().any()):
-        raise MetricError("a map holds NaN: no metric of it means anything. Look for the step or layer it comes from")
-    covered = masks.coarsen(y=int(tall), x=int(wide)).sum().drop_vars(["y", "x"], errors="ignore")
-    maps, covered = xr.broadcast(maps.drop_vars(["y", "x"], errors="ignore"), covered)
-    place = [dim for dim in _PLACE if dim in maps.dims]
-    rest = [dim for dim in maps.dims if dim not in place and dim != concept]
-    lead = [*rest, *([concept] if concept else [])]
-    flat = [
-        array.transpose(*lead, *place).values.reshape(*(maps.sizes[dim] for dim in lead), -1)
-        for array in (maps, covered)
-    ]
-    inside = flat[1].astype(float)
-    kept = {name: coordinate for name, coordinate in maps.coords.items() if set(coordinate.dims) <= set(lead)}
-    empty = xr.DataArray(np.zeros([maps.sizes[dim] for dim in lead]), coords=kept, dims=lead)
-    return flat[0], inside, tall * wide - inside, empty
+        raise MetricError(f"{purpose}: {found}: pixels have to fill tokens. Resize the maps with metrics.resize")
+    arrays = [a.drop_vars([k for k, c in a.coords.items() if {*c.dims} & {*_PLACE}]) for a in (maps, masks, valid)]
+    frames = max(array.sizes.get("frame", 1) for array in arrays)
+    arrays = [a.compute() if "frame" in a.dims else a.compute().expand_dims(frame=frames) for a in arrays]
+    names = [array.coords["concept_name"] for array in arrays[:2] if "concept_name" in array.coords]
+    try:
+        xr.align(*arrays, join="exact", exclude=("y", "x"))
+        if len(names) == 2 and not np.array_equal(*names):
+            raise ValueError("concept_name of maps and masks differs")
+    except ValueError as error:
+        fix = "select the same labels in the same order, as in masks.sel(concept=maps.concept)"
+        raise MetricError(f"{purpose}: {str(error).splitlines()[0]}: {fix}") from None
+    if len(at := np.argwhere(~np.isfinite(arrays[0].values))):
+        place = ", ".join(f"{dim}={arrays[0][dim].values[i]}" for dim, i in zip(arrays[0].dims, at[0], strict=True))
+        raise MetricError(f"{purpose}: a map holds NaN or infinity ({len(at)} places, first {place}): see its layer")
+    return arrays
