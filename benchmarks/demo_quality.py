@@ -202,19 +202,24 @@ def shown(row: dict) -> str:
     return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row["n"] else "undefined"
 
 
-def summary(results: dict[str, Any], metric: str) -> str:
-    """The main table as Markdown: a row a map, at the main timestep."""
+def markdown(*rows: Sequence[str]) -> str:
+    """A Markdown table whose columns stand under each other; the first row is its head."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [
-        f"| {metric} at timestep {MAIN} | all layers | chosen layer | | all layers, random twin |",
-        "|---|---|---|---|---|",
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def summary(results: dict[str, Any], metric: str) -> str:
+    """The main table: a row a map, at the main timestep."""
+    rows = [[f"{metric}, timestep {MAIN}", "all layers", "chosen layer", "which", "all layers, random twin"]]
     for name, layer in results["chosen"].items():
         cells = [pick(results["trained"], metric=metric, row=name, timestep=MAIN, layer=at) for at in ("mean", layer)]
         twin = pick(results["random twin"], metric=metric, row=name, layer="mean")
-        lines.append(f"| {name} | {shown(cells[0])} | {shown(cells[1])} | {layer} | {shown(twin)} |")
+        rows.append([name, shown(cells[0]), shown(cells[1]), layer, shown(twin)])
     fixed = [row for row in results["trivial"] if row["metric"] == metric]
-    lines += [f"| *{row['row']}* | {shown(row)} | | | |" for row in fixed]
-    return "\n".join(lines)
+    return markdown(*rows, *([row["row"], shown(row), "", "", ""] for row in fixed))
 
 
 def curves(results: dict[str, Any], metric: str, over: str, order: Sequence[Any]) -> go.Figure:
@@ -236,7 +241,9 @@ def curves(results: dict[str, Any], metric: str, over: str, order: Sequence[Any]
 def write_page(file: Path, name: str, results: dict[str, Any]) -> None:
     """Write tables and figures as one page."""
     order = sorted({row["layer"] for row in results["trained"]} - {"mean"}, key=int)
-    sections = [Section(f"Maps against masks: {metric}", code=summary(results, metric)) for metric in SEEN]
+    measured = "\n\n".join((__doc__ or "").split("\n\n")[2:])
+    sections = [Section("What is measured", code=measured)]
+    sections += [Section(f"Maps against masks: {metric}", code=summary(results, metric)) for metric in SEEN]
     main = ("auroc", "right_of_two")
     sections += [
         Section(
@@ -248,29 +255,26 @@ def write_page(file: Path, name: str, results: dict[str, Any]) -> None:
         ),
         Section("Words that no training sample had together", code=generalisation(results)),
     ]
-    file.write_text(
-        page(f"Quality of {name}", sections, lead=(__doc__ or "").split("\n\n")[2], facts=results["settings"])
-    )
+    file.write_text(page(f"Quality of {name}", sections, facts=results["settings"]))
 
 
 def attention_table(results: dict[str, Any]) -> str:
-    lines = ["| concepts attend by | auroc | right_of_two | miou |", "|---|---|---|---|"]
+    """Table 5: what concepts attend to."""
+    measures = ("auroc", "right_of_two", "miou")
+    rows = [["concepts attend by", *measures]]
     for attends, words in ATTENDS.items():
-        cells = [pick(results["attends"], metric=m, attends=attends) for m in ("auroc", "right_of_two", "miou")]
-        lines.append(f"| {words} | {' | '.join(map(shown, cells))} |")
-    return "\n".join(lines)
+        rows.append([words, *(shown(pick(results["attends"], metric=m, attends=attends)) for m in measures)])
+    return markdown(*rows)
 
 
 def generalisation(results: dict[str, Any]) -> str:
-    lines = ["| all layers, softmax | metric | pictures with held-out pairs | without |", "|---|---|---|---|"]
+    """Pictures with words that no training sample had together, and the others."""
+    rows = [["all layers, softmax", "metric", "with held-out pairs", "without"]]
     for space in SPACES:
         for metric in ("auroc", "right_of_two"):
-            pair = [
-                pick(results["pairs"], metric=metric, row=f"{space}, softmax", held_out=which)
-                for which in (True, False)
-            ]
-            lines.append(f"| {space} | {metric} | {shown(pair[0])} | {shown(pair[1])} |")
-    return "\n".join(lines)
+            where = {"metric": metric, "row": f"{space}, softmax"}
+            rows.append([space, metric, *(shown(pick(results["pairs"], held_out=h, **where)) for h in (True, False))])
+    return markdown(*rows)
 
 
 def evaluate(pipe: Any, count: int, video: bool) -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""What a segmentation data set is made of: one record a picture, read when it is asked for, and refused by name.
+
+Every reader gives the same `Sample`, whatever its files look like: labels with 0 for background and `VOID` where the
+annotators did not decide. Nothing is downloaded: a reader takes a path and, if wanted, the checksum of what lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dit_probe.errors import DitProbeError
+
+VOID = -1
+"""The label of pixels that belong neither to an object nor to the background: 255 in files."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, zlib.error)  # what Pillow raises on broken files
+_STRETCHED = {"L;2": 85, "L;4": 17}
+_ORIENTATION = 0x112
+
+
+class DatasetError(DitProbeError):
+    """Files of a data set that are missing, broken, of another layout or not the ones that were meant."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture or a video, and what its annotation says about it.
+
+    Attributes:
+        name: unique in its data set: "n02085936_123", "2007_000033", "scene/00012".
+        image: (y, x, 3) uint8, or (frame, y, x, 3) of a video.
+        mask: (y, x) or (frame, y, x) int16 labels at the image's size; 0 is background, `VOID` undecided.
+        target: the words that are in the picture.
+        labels: word to label in `mask`, for every word that the annotation decides about. A word of the data set that
+            stands here and not in `target` is known to be absent.
+    """
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+    target: tuple[str, ...]
+    labels: dict[str, int]
+
+
+class Dataset(Protocol):
+    """What can be evaluated on: a sequence of samples that are read on access.
+
+    Attributes:
+        name: of the data set and of the part of it.
+        vocabulary: all class words.
+        background: words for what is no class, which the paper's protocol adds to the concepts; may be empty.
+        fingerprint: the same for the same samples, also elsewhere: tells whether a run may be continued.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]: ...
+
+    @property
+    def background(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def masks(sample: Sample, words: str | Sequence[str]) -> np.ndarray:
+    """Which pixels belong to each word.
+
+    Args:
+        sample: of any reader.
+        words: keys of its `labels`. A word that is absent from the picture has no pixels.
+
+    Returns:
+        (word, [frame,] y, x) bool; void pixels belong to no word.
+
+    Raises:
+        DatasetError: a word that the annotation says nothing about: that is no empty mask, but an unknown one.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> sample = PictureBook(1)[0]
+        >>> masks(sample, sample.target).shape == (len(sample.target), 64, 64)
+        True
+    """
+    words = (words,) if isinstance(words, str) else tuple(words)
+    if unknown := [word for word in words if word not in sample.labels]:
+        raise DatasetError(
+            f"{sample.name}: its annotation says nothing about {', '.join(map(repr, unknown))}, whose mask is "
+            f"unknown and not empty; it has {', '.join(sample.labels) or 'no words'}. Ask for words of sample.labels"
+        )
+    return np.array([sample.mask == sample.labels[word] for word in words], dtype=bool).reshape(-1, *sample.mask.shape)
+
+
+def valid(sample: Sample) -> np.ndarray:
+    """Which pixels count, ([frame,] y, x) bool: all but the void ones.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> bool(valid(PictureBook(1)[0]).all())  # what was drawn has no undecided pixels
+        True
+    """
+    return sample.mask != VOID
+
+
+class Reader(ABC):
+    """What the readers share: access by index, iteration, fingerprint and checksum.
+
+    A reader sets `name`, `vocabulary`, `background`, `_names`, and, where it has files, `files` and the file or folder
+    `root` that they are in.
+    """
+
+    name: str
+    vocabulary: tuple[str, ...]
+    background: tuple[str, ...]
+    root: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    _names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all samples, in order."""
+        return self._names
+
+    @abstractmethod
+    def _read(self, position: int) -> Sample: ...
+
+    def _identity(self) -> object:
+        """What else, besides names, words and files, decides what the samples are."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        position, count = operator.index(index), len(self)
+        if not -count <= position < count:
+            raise IndexError(f"{self.name} has samples 0 to {count - 1}, not {position}")
+        return self._read(position % count)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self._read(position) for position in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names, words, options, paths below `root` and sizes of the files; reads no picture."""
+        parts = [type(self).__name__, self.names, self.vocabulary, self.background, self._identity()]
+        parts += [(_relative(path, self.root), path.stat().st_size) for path in self.files]
+        return "sha256:" + hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+    def checksum(self) -> str:
+        """Read every file and sum it up as ``sha256:…``, for the argument `checksum` of the next reader.
+
+        Of one file it is what ``sha256sum`` prints; of several, the sha256 of what ``sha256sum`` prints about them in
+        the order of their paths relative to `root`.
+        """
+        sums = sorted((_relative(path, self.root), _sha256(path)) for path in self.files)
+        if self.files == (self.root,):
+            return f"sha256:{sums[0][1]}"
+        listing = "".join(f"{digest}  {path}\n" for path, digest in sums)
+        return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
+
+    def _verify(self, wanted: str | None) -> None:
+        if wanted is None:
+            return
+        algorithm, _, digest = wanted.lower().partition(":")
+        if algorithm != "sha256" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise DatasetError(f"checksum={wanted!r} cannot be compared: write 'sha256:' and 64 hexadecimal digits")
+        if (found := self.checksum()) != f"sha256:{digest}":
+            raise DatasetError(
+                f"{self.root} is not what was meant: its checksum is {found}, expected {wanted}. Get the files once "
+                "more; if these are the right ones, give their checksum"
+            )
+
+
+def _relative(path: Path, root: Path | None) -> str:
+    return path.name if root is None or root == path else path.relative_to(root).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def some(items: Collection[str]) -> str:
+    """The first few of them, for an error."""
+    return ", ".join(list(items)[:5]) + (" …" if len(items) > 5 else "")
+
+
+def present(mask: np.ndarray, labels: Mapping[str, int]) -> tuple[str, ...]:
+    """Words of the labels that occur in a mask."""
+    found = set(np.unique(mask).tolist())
+    return tuple(word for word, label in labels.items() if label in found)
+
+
+def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
+    """Decode a picture to (y, x, 3) uint8; `upright` refuses what viewers turn.
+
+    Raises:
+        DatasetError: missing, broken, see-through or of more than 8 bits.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            deep, turned = image.mode.startswith(("I", "F")), image.getexif().get(_ORIENTATION, 1) != 1
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+            opaque = image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255
+            pixels = None if deep else np.array(image.convert("RGB"))
+    except _BROKEN as error:
+        raise DatasetError(_unreadable(path, error)) from None
+    if pixels is None:
+        raise DatasetError(f"{path}: found more than 8 bits a channel, expected 8: save it as 8-bit RGB")
+    if turned and upright:
+        raise DatasetError(
+            f"{path}: found an EXIF orientation, expected none, as it may or may not turn the mask too: save the "
+            "picture upright, as the mask is"
+        )
+    if not opaque:
+        raise DatasetError(f"{path}: found transparent pixels, expected none, as what is behind is unknown: flatten it")
+    return pixels
+
+
+def read_labels(path: Path) -> tuple[np.ndarray, bool]:
+    """Decode a mask to its (y, x) numbers as they stand in the file, and whether they index a palette.
+
+    Raises:
+        DatasetError: missing, broken, lossy or of several channels.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            # Pillow stretches 2 and 4 bits of grey to 0..255, which would turn label 1 into 85 or 17
+            raw = image.tile[0][3] if image.tile else None
+            stretch = _STRETCHED.get(raw[0] if isinstance(raw, tuple) else str(raw), 1)
+            image.load()
+            mode, kind, numbers = image.mode, image.format, np.array(image)
+    except _BROKEN as error:
+        raise DatasetError(_unreadable(path, error)) from None
+    if kind in ("JPEG", "WEBP"):
+        raise DatasetError(f"{path}: a mask in {kind}, which changes the numbers of labels: export it once more as PNG")
+    if mode not in ("1", "L", "P", "I", "I;16"):
+        raise DatasetError(
+            f"{path}: found a mask of mode {mode}, expected one number a pixel (palette or grey). If its colours stand "
+            "for classes, save it as a palette PNG"
+        )
+    return numbers.astype(np.int64) // stretch, mode == "P"
+
+
+def to_labels(numbers: np.ndarray, allowed: Collection[int], path: object, *, void: int | None = 255) -> np.ndarray:
+    """Turn a file's numbers into int16 labels, `void` into `VOID`; None where the format has no void.
+
+    Raises:
+        DatasetError: numbers that are not 0, `allowed` or `void`.
+    """
+    if wrong := sorted(set(np.unique(numbers).tolist()) - {0, void} - set(allowed)):
+        expected = sorted({0, *allowed})
+        named = f"0..{expected[-1]}" if expected == list(range(len(expected))) else ", ".join(map(str, expected))
+        raise DatasetError(
+            f"{path}: found {', '.join(map(str, wrong[:8]))}{' …' if len(wrong) > 8 else ''} in the mask, expected "
+            f"{named}{'' if void is None else f' or {void} (void)'}. Is it a mask of this data set, not resized with "
+            "interpolation, and does every label have its word?"
+        )
+    return np.where(numbers == void, VOID, numbers).astype(np.int16)
+
+
+def same_size(image: np.ndarray, mask: np.ndarray, image_path: object, mask_path: object) -> None:
+    """Refuse, with a DatasetError, a pair of different (y, x)."""
+    if image.shape[:2] != mask.shape[:2]:
+        (height, width), (rows, columns) = image.shape[:2], mask.shape[:2]
+        raise DatasetError(
+            f"{mask_path}: found {columns} x {rows} pixels (width x height), expected {width} x {height}, the size of "
+            f"{image_path}. Is it that picture's mask? Resize neither: get the originals"
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return f"{path}: found no such file, expected a picture: get the data set once more or correct its list"
+    size = path.stat().st_size
+    return f"{path}: found {size} bytes that do not decode ({error}), expected a whole picture: copy it once more"
