@@ -253,6 +253,11 @@ def write_page(file: Path, name: str, results: dict[str, Any]) -> None:
         Section(
             "What concepts attend to", "Output space, all layers, softmax (Table 5).", code=attention_table(results)
         ),
+        Section(
+            "The paper's findings",
+            "Paired differences; output space and all layers unless said.",
+            code=claims_table(results),
+        ),
         Section("Words that no training sample had together", code=generalisation(results)),
     ]
     file.write_text(page(f"Quality of {name}", sections, facts=results["settings"]))
@@ -274,6 +279,55 @@ def generalisation(results: dict[str, Any]) -> str:
         for metric in ("auroc", "right_of_two"):
             where = {"metric": metric, "row": f"{space}, softmax"}
             rows.append([space, metric, *(shown(pick(results["pairs"], held_out=h, **where)) for h in (True, False))])
+    return markdown(*rows)
+
+
+def findings(by_time: dict[int, xr.DataArray], attends: dict[str, xr.DataArray], best: str) -> list[dict[str, Any]]:
+    """What the paper found, as paired differences that it says are positive."""
+    main = by_time[MAIN]
+    output = {at: scores.sel(row="output, softmax", layer="mean") for at, scores in by_time.items()}
+    every = main.sel(layer="mean")
+    single = main.sel(row="output, softmax").drop_sel(layer="mean")
+    claims = {
+        "Table 4: output space above image-to-concept attention": ("output, softmax", "image to concept, softmax"),
+        "Table 4: output space above value space": ("output, softmax", "value, softmax"),
+        "Table 4: image-to-concept attention above value space": ("image to concept, softmax", "value, softmax"),
+        "Table 4: softmax helps output space": ("output, softmax", "output, no softmax"),
+        "Table 4: softmax helps image-to-concept attention": (
+            "image to concept, softmax",
+            "image to concept, no softmax",
+        ),
+    }
+    pairs = {claim: (every.sel(row=a), every.sel(row=b)) for claim, (a, b) in claims.items()}
+    pairs |= {
+        "Table 5: cross- and self-attention above cross-attention alone": (attends["both"], attends["image"]),
+        "Table 5: cross- and self-attention above self-attention alone": (attends["both"], attends["concepts"]),
+        "Table 5: cross- and self-attention above none": (attends["both"], attends["none"]),
+        "Figure 4: the last layer above the first": (single.isel(layer=-1), single.isel(layer=0)),
+        f"Figure 4: all layers above the best one ({best}, chosen on other pictures)": (
+            output[MAIN],
+            single.sel(layer=best),
+        ),
+        "Figure 4: timestep 500 above 100": (output[MAIN], output[TIMESTEPS[0]]),
+        "Figure 4: timestep 500 above 900": (output[MAIN], output[TIMESTEPS[-1]]),
+    }
+    return [
+        row | {"claim": claim}
+        for claim, (more, less) in pairs.items()
+        for row in table(
+            more.drop_vars(["row", "layer"], errors="ignore") - less.drop_vars(["row", "layer"], errors="ignore")
+        )
+    ]
+
+
+def claims_table(results: dict[str, Any]) -> str:
+    """Which of the paper's findings hold on this model."""
+    measures = ("auroc", "right_of_two", "miou")
+    rows = [["difference that the paper finds positive", *measures]]
+    for claim in dict.fromkeys(row["claim"] for row in results["findings"]):
+        cells = [pick(results["findings"], claim=claim, metric=m) for m in measures]
+        words = ["yes" if c["low"] > 0 else "opposite" if c["high"] < 0 else "open" for c in cells]
+        rows.append([claim, *(f"{word}: {shown(cell)}" for word, cell in zip(words, cells, strict=True))])
     return markdown(*rows)
 
 
@@ -308,6 +362,7 @@ def evaluate(pipe: Any, count: int, video: bool) -> dict[str, Any]:
         "trivial": table(trivial(pictures, grid)),
         "attends": table(joined(attends.values(), xr.Variable("attends", list(attends)))),
         "pairs": pairs,
+        "findings": findings(by_time, attends, chosen["output, softmax"]),
     }
     steps.close()
     return found
@@ -334,7 +389,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(results, indent=0) + "\n")
     write_page(options.out / f"{name}.html", name, results)
-    print("\n\n".join([*(summary(results, m) for m in SEEN), attention_table(results), generalisation(results)]))
+    print(
+        "\n\n".join(
+            [
+                *(summary(results, m) for m in SEEN),
+                attention_table(results),
+                claims_table(results),
+                generalisation(results),
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":
