@@ -1,5 +1,6 @@
 """The demo models that ship: stock classes, offline, small, and their pictures look like their captions."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def test_an_interrupted_training_continues_and_gives_the_same_stock_pipeline(nam
     resumed, straight = (torch.load(work / "checkpoint.pt") for work in (parts, whole))
     assert resumed["step"] == straight["step"] == 2
     assert all(torch.equal(resumed["average"][key], straight["average"][key]) for key in straight["average"])
+    assert json.loads((out / "training.json").read_text()) == {"step, minutes, loss": []}
     assert "Samples" in (parts / "training.html").read_text()
     stock = {"flux": "FluxPipeline", "sd35": "StableDiffusion3Pipeline", "cogvideox": "CogVideoXPipeline"}
     assert type(DiffusionPipeline.from_pretrained(out)).__name__ == stock[name.split("-")[0]]

@@ -30,7 +30,11 @@ FLOW = (
     ("metrics", "statistics"),
     ("panels", "figures"),
     ("report",),
-    ("datasets", "demo", "loading", "evaluate", "explore", "interop", "testing", "verification", "cli"),
+    ("datasets", "demo", "loading", "explore", "interop", "testing", "verification"),
+    ("protocols",),
+    ("methods",),
+    ("evaluate",),
+    ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 OFFLINE = ("selection", "maps", "metrics", "statistics", "panels", "figures", "report")

@@ -14,6 +14,7 @@ ends on time whatever else runs. Interrupted, run the same command with `--resum
 import argparse
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
             train(trainer, budget, work, options.save_every, draw)
     out = options.out or work / "pipeline"
     size = save(trainer.average, vae, out)
+    (out / "training.json").write_text(json.dumps({"step, minutes, loss": trainer.history}) + "\n")
     minutes = trainer.seconds / 60
     print(f"step {trainer.step}, {minutes:.0f} minutes of training: {out} ({size / 1e6:.2f} MB of weights)")
 

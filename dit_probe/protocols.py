@@ -1,0 +1,383 @@
+"""Protocols: what happens to picture, map and mask between a method and a number. Data, recorded with every result.
+
+| | ``chefer`` | ``paper`` | ``native`` |
+|---|---|---|---|
+| picture that a method gets | 224 x 224, bilinear | 512 x 512, bicubic | as it is |
+| mask that is scored on | 224 x 224, nearest | 224 x 224, nearest | as it is |
+| map | enlarged bilinearly | enlarged, nearest | resized bilinearly to the mask |
+| threshold | of the enlarged map: its mean | on the map's own grid: its mean | of the enlarged map: mean, Otsu, 0.5 |
+| void pixels | have a say in the threshold, count nowhere | likewise | unseen |
+
+``chefer`` is the order of Chefer et al. (2021) and Gandelsman et al.; ``paper`` that of ConceptAttention's runners,
+whose VAE enlarges the 512 pixels once more; ``native`` compares methods of different grids on the annotated pixels. All
+of them give a method the words that are in the picture (``classes="present"``, an oracle) and the background words
+of the data set; change a field with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from dit_probe import metrics
+from dit_probe.datasets.samples import Sample, masks, valid
+from dit_probe.errors import DitProbeError
+from dit_probe.metrics import COUNTS, Threshold
+
+BACKGROUND = "background"
+"""The class that all background words are merged to."""
+
+RANKING = ("auroc", "ap", "max_f1", "pointing", "ap_legacy")
+"""Metrics that no threshold is chosen for."""
+THRESHOLDED = ("pixel_accuracy", "iou_foreground", "iou_macro", "iou_pooled_legacy", "pixel_accuracy_void_as_error")
+METRICS = (*RANKING, *THRESHOLDED, "miou")
+
+
+class EvaluationError(DitProbeError):
+    """A protocol, its methods, their maps or the store of their numbers do not fit together."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What happens to picture, map and mask, and in which order.
+
+    Attributes:
+        name: of the protocol.
+        order: ``upsample, threshold``: the map is brought to the mask's size, min-maxed and compared there;
+            ``threshold, upsample``: it is min-maxed and compared on its own grid, and what came out is enlarged.
+        thresholds: rules as for `dit_probe.metrics.score`: ``mean`` | ``otsu`` | a number in 0..1, each strict (>).
+        map_interpolation: of maps to the mask's size.
+        image_size: side in pixels that pictures are stretched to before a method sees them; None: as they are.
+        image_interpolation: of pictures.
+        mask_size: side in pixels that masks are stretched to, and scored at; None: as they are.
+        mask_interpolation: of masks; labels have no values between them.
+        void: ``unseen``: outside of minimum, maximum and threshold, too; ``uncounted``: there, but not counted.
+        background: words for what is no class, given to methods beside the classes; None: those of the data set.
+        classes: whose words a method is given: those ``present`` in the picture, or ``all20``, the whole vocabulary.
+
+    Raises:
+        EvaluationError: a field has a value that does not exist, or two contradict each other.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> replace(PROTOCOLS["paper"], background=("sky", "grass")).order
+        'threshold, upsample'
+    """
+
+    name: str
+    order: Literal["upsample, threshold", "threshold, upsample"] = "upsample, threshold"
+    thresholds: tuple[Threshold, ...] = ("mean",)
+    map_interpolation: Literal["nearest", "bilinear"] = "bilinear"
+    image_size: int | None = None
+    image_interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    mask_size: int | None = None
+    mask_interpolation: Literal["nearest"] = "nearest"
+    void: Literal["unseen", "uncounted"] = "unseen"
+    background: tuple[str, ...] | None = None
+    classes: Literal["present", "all20"] = "present"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "order": ("upsample, threshold", "threshold, upsample"),
+            "map_interpolation": ("nearest", "bilinear"),
+            "image_interpolation": ("nearest", "bilinear", "bicubic"),
+            "mask_interpolation": ("nearest",),
+            "void": ("unseen", "uncounted"),
+            "classes": ("present", "all20"),
+        }
+        for field, allowed in choices.items():
+            if (found := getattr(self, field)) not in allowed:
+                wanted = ", ".join(map(repr, allowed))
+                raise EvaluationError(f"protocol {self.name!r}: {field}={found!r}; choose one of {wanted}")
+        early = self.order == "threshold, upsample"
+        numbers = [t for t in self.thresholds if t not in ("mean", "otsu")]
+        wrong = [t for t in numbers if isinstance(t, str) or not 0 <= t <= 1]
+        if wrong or not self.thresholds or (early and "otsu" in self.thresholds):
+            raise EvaluationError(
+                f"protocol {self.name!r}: thresholds={self.thresholds!r}; give one or more of 'mean', 'otsu' and "
+                "numbers in 0..1; 'otsu' only where the map is enlarged first"
+            )
+        if early and (self.map_interpolation, self.void) != ("nearest", "uncounted"):
+            raise EvaluationError(
+                f"protocol {self.name!r}: order={self.order!r} with map_interpolation={self.map_interpolation!r} and "
+                f"void={self.void!r}; a mask is enlarged by 'nearest', and tokens that are partly void are 'uncounted'"
+            )
+        if isinstance(self.background, str) or any(size is not None and size < 1 for size in self._sizes):
+            raise EvaluationError(
+                f"protocol {self.name!r}: background={self.background!r}, image_size={self.image_size}, "
+                f"mask_size={self.mask_size}; give a tuple of words, and sides of 1 pixel or more"
+            )
+
+    @property
+    def _sizes(self) -> tuple[int | None, int | None]:
+        return self.image_size, self.mask_size
+
+    @property
+    def labels(self) -> list[str]:
+        """The thresholds as labels of the dim ``threshold``."""
+        return [str(threshold) for threshold in self.thresholds]
+
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+    {
+        protocol.name: protocol
+        for protocol in (
+            Protocol("chefer", image_size=224, image_interpolation="bilinear", mask_size=224, void="uncounted"),
+            Protocol(
+                "paper", "threshold, upsample", ("mean",), "nearest", image_size=512, mask_size=224, void="uncounted"
+            ),
+            Protocol("native", thresholds=("mean", "otsu", 0.5)),
+        )
+    }
+)
+
+
+def find(protocol: str | Protocol) -> Protocol:
+    """A protocol by its name.
+
+    Raises:
+        EvaluationError: there is none of that name.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise EvaluationError(f"no protocol {protocol!r}: use {', '.join(PROTOCOLS)}, or a Protocol of your own")
+    return PROTOCOLS[protocol]
+
+
+def words(
+    protocol: str | Protocol, sample: Sample, vocabulary: Sequence[str] = (), background: Sequence[str] = ()
+) -> list[str]:
+    """The words that a method is given for a picture: classes, then background words, each once.
+
+    Args:
+        protocol: whose `classes` and `background`.
+        sample: the picture.
+        vocabulary: class words of its data set, in whose order ``all20`` gives them.
+        background: words of its data set, for a protocol that has none of its own.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> words("native", PictureBook(1, objects=["sun", "boat"])[0], background=["sky", "grass"])
+        ['sun', 'boat', 'sky', 'grass']
+    """
+    protocol = find(protocol)
+    classes = sample.target if protocol.classes == "present" else (*vocabulary, *sample.target)
+    return list(dict.fromkeys([*classes, *(background if protocol.background is None else protocol.background)]))
+
+
+def prepare(protocol: str | Protocol, sample: Sample) -> tuple[np.ndarray, xr.DataArray, xr.DataArray]:
+    """The picture as a method gets it, the mask as it is scored on, and which of its pixels count.
+
+    Args:
+        protocol: which sizes and interpolations; proportions are not kept, as in the published code.
+        sample: the picture or video, untouched.
+
+    Returns:
+        Image ([frame,] y, x, 3) uint8; labels ([frame,] y, x) int16; valid ([frame,] y, x) bool, False on void.
+
+    Raises:
+        EvaluationError: no protocol of that name.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> image, mask, valid = prepare("paper", PictureBook(1)[0])
+        >>> image.shape, dict(mask.sizes), bool(valid.all())
+        ((512, 512, 3), {'y': 224, 'x': 224}, True)
+    """
+    protocol = find(protocol)
+    dims = ("frame", "y", "x")[3 - sample.mask.ndim :]
+    mask, counted = (xr.DataArray(array, dims=dims) for array in (sample.mask, valid(sample)))
+    image = sample.image
+    if protocol.mask_size is not None:
+        size = protocol.mask_size
+        mask, counted = (metrics.resize(array, size, size) for array in (mask, counted))
+    if protocol.image_size is not None:
+        image = resize_image(image, protocol.image_size, protocol.image_interpolation)
+    return image, mask, counted
+
+
+def resize_image(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """Stretch a picture or all frames of a video, ([frame,] y, x, 3) uint8, to size x size pixels, by Pillow.
+
+    Example:
+        >>> resize_image(np.zeros((6, 8, 3), np.uint8), 4).shape
+        (4, 4, 3)
+    """
+    from PIL import Image
+
+    if image.ndim == 4:
+        return np.stack([resize_image(frame, size, interpolation) for frame in image])
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[interpolation.upper()]))
+
+
+def score(
+    protocol: str | Protocol, maps: xr.DataArray, sample: Sample, *, vocabulary: Sequence[str] | None = None
+) -> xr.Dataset:
+    """All numbers of one picture.
+
+    Metrics of the foreground are those of `dit_probe.metrics.score`: each word of the picture, its map against its own
+    pixels, and the mean over the words for which it is defined. Per class, each pixel goes to the concept with the
+    highest map (shared among several highest), words outside of the vocabulary merged to `BACKGROUND`:
+
+        intersection = sum of the predicted share over the class's pixels
+        union        = predicted + annotated - intersection
+
+    so that any mean IoU, over the picture or pooled over many, follows from their sums.
+
+    Args:
+        protocol: order of steps, thresholds, sizes, void.
+        maps: ([concept,] [frame,] y, x) with the words as coordinate ``concept``, in any units. Without that dim the
+            map is class-agnostic, one for all words, and nothing per class is defined.
+        sample: the picture, untouched.
+        vocabulary: class words; None: those that the annotation has a label for.
+
+    Returns:
+        `RANKING` () and ``miou``, the mean of intersection / union over classes that have a union; `THRESHOLDED`
+        (threshold); ``counts`` (threshold, count), pixels summed over the words; ``intersection``, ``union`` (class).
+        Undefined is NaN.
+
+    Raises:
+        EvaluationError: other dims, or a word of the picture without a map.
+        MetricError: NaN or infinity in a map.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook, masks
+        >>> sample = PictureBook(1, objects=["sun", "boat"])[0]
+        >>> perfect = xr.DataArray(masks(sample, sample.target).astype(float), dims=("concept", "y", "x"),
+        ...                        coords={"concept": list(sample.target)})
+        >>> found = score("native", perfect, sample)
+        >>> float(found.auroc), found.iou_macro.values.tolist()
+        (1.0, [1.0, 1.0, 1.0])
+    """
+    protocol = find(protocol)
+    vocabulary = tuple(w for w, label in sample.labels.items() if label > 0) if vocabulary is None else vocabulary
+    vocabulary = [word for word in vocabulary if word != BACKGROUND]
+    _, labels, counted = prepare(protocol, sample)
+    agnostic = "concept" not in maps.dims
+    _check(maps, sample, labels, agnostic)
+    height, width = labels.sizes["y"], labels.sizes["x"]
+    maps = maps.drop_vars([name for name, coord in maps.coords.items() if "frame" in coord.dims])
+    large = metrics.resize(maps, height, width, protocol.map_interpolation)
+    found = _foreground(protocol, maps, large, _of(sample, sample.target, labels), counted, agnostic)
+    classes = [BACKGROUND, *vocabulary]
+    table = np.full((2, len(classes)), np.nan)
+    if not agnostic and maps.sizes["concept"] > 1:
+        table = _per_class(large, _of(sample, [w for w in vocabulary if w in sample.labels], labels), counted, classes)
+    found["intersection"], found["union"] = (xr.DataArray(row, {"class": classes}) for row in table)
+    found["miou"] = (found["intersection"] / found["union"].where(found["union"] > 0)).mean("class")
+    return found
+
+
+def _of(sample: Sample, names: Sequence[str], labels: xr.DataArray) -> xr.DataArray:
+    """(concept, [frame,] y, x) bool: the pixels of each word, at the size that is scored."""
+    stretched = Sample(sample.name, sample.image, labels.values, sample.target, sample.labels)
+    return xr.DataArray(masks(stretched, names), {"concept": list(names)}, ("concept", *labels.dims))
+
+
+def _foreground(
+    protocol: Protocol,
+    maps: xr.DataArray,
+    large: xr.DataArray,
+    truth: xr.DataArray,
+    counted: xr.DataArray,
+    agnostic: bool,
+) -> xr.Dataset:
+    names = truth.concept.values.tolist()
+    if not names:  # nothing but background
+        undefined = {name: xr.DataArray(np.nan) for name in RANKING}
+        table = xr.DataArray(np.zeros((len(protocol.thresholds), 4)), dims=("threshold", "count"))
+        table = table.assign_coords(threshold=protocol.labels, count=list(COUNTS))
+        thresholded = {name: table.isel(count=0, drop=True) * np.nan for name in THRESHOLDED}
+        return xr.Dataset({**undefined, **thresholded, "counts": table})
+    if not agnostic:
+        maps, large = (array.sel(concept=names) for array in (maps, large))
+    ranked = metrics.score(large, truth, valid=counted, metrics=RANKING).mean("concept")
+    tables: list[Any] = [_counts(protocol, t, maps, large, truth, counted) for t in protocol.thresholds]
+    table: Any = xr.concat(tables, xr.Variable("threshold", protocol.labels))
+    true, false, missed, rest = (table.sel(count=name, drop=True) for name in COUNTS)
+    pixels = true + false + missed + rest
+    both = (true + missed > 0) & (rest + false > 0)
+    foreground = true / (true + false + missed).where(true + missed > 0)
+    accuracy = (true + rest) / pixels.where(pixels > 0)
+    thresholded = {
+        "pixel_accuracy": accuracy,
+        "iou_foreground": foreground,
+        "iou_macro": (foreground + rest / (rest + false + missed).where(rest + false > 0)).where(both) / 2,
+        "iou_pooled_legacy": accuracy / (2 - accuracy),
+        # two channels: both of a valid pixel, one of a void one
+        "pixel_accuracy_void_as_error": 2 * (true + rest) / (pixels + counted.size).where(pixels > 0),
+    }
+    means = {name: values.mean("concept").drop_attrs() for name, values in thresholded.items()}
+    scores = {name: ranked[name].drop_attrs() for name in RANKING}
+    return xr.Dataset({**scores, **means, "counts": table.sum("concept").drop_attrs()})
+
+
+def _counts(
+    protocol: Protocol,
+    threshold: Threshold,
+    maps: xr.DataArray,
+    large: xr.DataArray,
+    truth: xr.DataArray,
+    counted: xr.DataArray,
+) -> xr.DataArray:
+    """(concept, count): pixels right and wrong."""
+    if protocol.void == "unseen":
+        return metrics.counts(large, truth, valid=counted, threshold=threshold)
+    if protocol.order == "threshold, upsample":
+        place = [dim for dim in maps.dims if dim != "concept"]
+        low, high = maps.min(place), maps.max(place)
+        scaled = (maps - low) / (high - low).where(high > low, 1)
+        bar = scaled.mean(place) + 1e-12 if threshold == "mean" else float(threshold)
+        # The least of a map is never above a threshold, so that 0 and 1 are still 0 and 1 after another min-max.
+        large = metrics.resize((scaled > bar).astype(float), truth.sizes["y"], truth.sizes["x"])
+        threshold = 0.5
+    # Without `valid`, all pixels have a say in the threshold: void ones are in neither of the two masks.
+    inside, outside = (metrics.counts(large, part & counted, threshold=threshold) for part in (truth, ~truth))
+    parts = [inside.isel(count=0), outside.isel(count=0), inside.isel(count=2), outside.isel(count=2)]
+    joined: Any = xr.concat([part.drop_vars("count") for part in parts], xr.Variable("count", list(COUNTS)))
+    return joined
+
+
+def _per_class(large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray, classes: Sequence[str]) -> np.ndarray:
+    """(2, class): intersection and union."""
+    if not np.isfinite(large).all():
+        raise metrics.MetricError("score: a map holds NaN or infinity: see its layer")
+    highest = large == large.max("concept")
+    shares = (highest / highest.sum("concept") * counted).transpose("concept", *counted.dims).values
+    annotated = {word: (truth.sel(concept=word) & counted).values for word in truth.concept.values.tolist()}
+    annotated[BACKGROUND] = (~truth.any("concept") & counted).values
+    table = np.zeros((2, len(classes)))
+    for label, own in annotated.items():
+        table[1, classes.index(label)] += own.sum()
+    for word, share in zip(large.concept.values.tolist(), shares, strict=True):
+        label = word if word in classes else BACKGROUND
+        both = (share * annotated[label]).sum() if label in annotated else 0.0
+        table[:, classes.index(label)] += both, share.sum() - both
+    return table
+
+
+def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray, agnostic: bool) -> None:
+    """Refuse maps that are not of this picture."""
+    allowed = {"concept", *map(str, labels.dims)}
+    if set(maps.dims) - allowed or {"y", "x"} - set(maps.dims):
+        raise EvaluationError(
+            f"{sample.name}: a map has the dims {dict(maps.sizes)}, expected y and x and, beside them, at "
+            f"most {', '.join(sorted(allowed - {'y', 'x'}))}. Take one picture's map; average or select all else"
+        )
+    if "frame" in maps.dims and maps.sizes["frame"] != labels.sizes["frame"]:
+        raise EvaluationError(
+            f"{sample.name}: a map has {maps.sizes['frame']} frames, its mask {labels.sizes['frame']}. Give each frame "
+            "of the video the map of the latent frame that shows it"
+        )
+    named = maps.coords["concept"].values.tolist() if "concept" in maps.coords else []
+    if not agnostic and (missing := [word for word in sample.target if word not in named]):
+        raise EvaluationError(
+            f"{sample.name}: no map of {', '.join(map(repr, missing))}, which the picture shows; there are "
+            f"{', '.join(map(str, named)) or 'maps without labels'}. Label the dim concept with the words"
+        )
