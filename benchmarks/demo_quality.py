@@ -35,6 +35,7 @@ from dit_probe import anatomy, metrics
 from dit_probe.datasets.clips import Clip, clips
 from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, Scene, scenes
 from dit_probe.demo.examples import held_out
+from dit_probe.methods import random_twin
 from dit_probe.panels import Sheet
 from dit_probe.report import Section, page
 from dit_probe.statistics import bootstrap
@@ -97,9 +98,10 @@ def score(maps: xr.DataArray, group: Sequence[Picture]) -> xr.DataArray:
         share = (masks.sizes["frame"] - 1) // (maps.sizes["frame"] - 1)
         maps = maps.isel(frame=[0, *(1 + frame // share for frame in range(masks.sizes["frame"] - 1))])
     nouns = {"concept": slice(0, -1)}
+    ranked = metrics.score(maps.isel(nouns), masks.isel(nouns), metrics=("auroc", "ap")).mean("concept")
     found = {
-        "auroc": metrics.auroc(maps.isel(nouns), masks.isel(nouns)).mean("concept"),
-        "ap": metrics.average_precision(maps.isel(nouns), masks.isel(nouns)).mean("concept"),
+        "auroc": ranked["auroc"],
+        "ap": ranked["ap"],
         "right_of_two": metrics.right_of_two(maps.isel(nouns), masks.isel(nouns)),
         "miou": metrics.argmax_iou(maps, masks).mean("concept"),
     }
@@ -172,16 +174,6 @@ def trivial(pictures: Sequence[Picture], grid: tuple[int, ...]) -> xr.DataArray:
         scored = [score(xr.DataArray(values, dims=dims), group) for values in rows.values()]
         parts.append(joined(scored, xr.Variable("row", list(rows))))
     return joined(parts, "sample")
-
-
-def random_twin(pipe: Any, seed: int = 0) -> Any:
-    """The same pipeline with fresh weights in transformer and text encoders."""
-    torch.manual_seed(seed)
-    parts = dict(pipe.components)
-    parts["transformer"] = type(pipe.transformer).from_config(pipe.transformer.config).eval()
-    for name in (name for name in parts if name.startswith("text_encoder")):
-        parts[name] = type(parts[name])(parts[name].config).eval()
-    return type(pipe)(**parts)
 
 
 def table(scores: xr.DataArray) -> list[dict[str, Any]]:

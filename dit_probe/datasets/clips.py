@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_probe.datasets.backgrounds import background
-from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, SceneError, choose_nouns, place_in_words
+from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, Owned, SceneError, choose_nouns, place_in_words
 from dit_probe.datasets.sprites import sprite
 
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -53,7 +53,7 @@ class Moving:
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
+class Clip(Owned):
     """Frames, their caption and who owns which pixel.
 
     Attributes:
@@ -73,17 +73,9 @@ class Clip:
     seed: int
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """The nouns in the clip and its background word: the concepts that a map of it should tell apart."""
-        return (*self.masks, self.background)
-
-    @property
-    def background_mask(self) -> np.ndarray:
-        """(frame, y, x) bool: pixels that no object covers by half."""
-        covered = np.zeros(self.frames.shape[:3], dtype=bool)
-        for mask in self.masks.values():
-            covered |= mask
-        return ~covered
+    def pixels(self) -> np.ndarray:
+        """(frame, y, x, 3) uint8."""
+        return self.frames
 
 
 def clip(

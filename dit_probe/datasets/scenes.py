@@ -53,8 +53,33 @@ class Placed:
         return (y0 + y1) / 2, (x0 + x1) / 2
 
 
+class Owned:
+    """What scenes and clips say about who owns which pixel."""
+
+    masks: dict[str, np.ndarray]
+    background: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The nouns in the picture and its background word: the concepts that a map of it should tell apart."""
+        return (*self.masks, self.background)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """([frame,] y, x, 3) uint8."""
+        raise NotImplementedError
+
+    @property
+    def background_mask(self) -> np.ndarray:
+        """([frame,] y, x) bool: pixels that no object covers by half."""
+        covered = np.zeros(self.pixels.shape[:-1], dtype=bool)
+        for mask in self.masks.values():
+            covered |= mask
+        return ~covered
+
+
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Scene(Owned):
     """A picture, its caption and who owns which pixel.
 
     Attributes:
@@ -74,17 +99,9 @@ class Scene:
     seed: int
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """The nouns in the scene and its background word: the concepts that a map of it should tell apart."""
-        return (*self.masks, self.background)
-
-    @property
-    def background_mask(self) -> np.ndarray:
-        """(y, x) bool: pixels that no object covers by half."""
-        covered = np.zeros(self.image.shape[:2], dtype=bool)
-        for mask in self.masks.values():
-            covered |= mask
-        return ~covered
+    def pixels(self) -> np.ndarray:
+        """(y, x, 3) uint8."""
+        return self.image
 
 
 def scene(

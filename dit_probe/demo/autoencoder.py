@@ -1,12 +1,16 @@
 """The demo models' image autoencoder: a stock `AutoencoderKL` of factor 2, trained on scenes in a few minutes."""
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn import functional
+
+Codec = TypeVar("Codec", bound=torch.nn.Module)
 
 LATENT_CHANNELS = 4
 # weight of the divergence from a unit normal: enough to keep latents bounded and smooth, far too little to blur
@@ -55,10 +59,8 @@ def train_autoencoder(images: np.ndarray, steps: int, seed: int, device: str, ba
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = autoencoder().to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.05)
-    started = time.monotonic()
-    for step in range(steps):
+
+    def attempt(step: int) -> tuple[DiagonalGaussianDistribution, torch.Tensor]:
         pixels = to_pixels(images[rng.integers(len(images), size=batch)], device)
         kind = step % 4
         if kind == 3:
@@ -67,22 +69,36 @@ def train_autoencoder(images: np.ndarray, steps: int, seed: int, device: str, ba
         latents = posterior.sample()
         if kind == 1:
             latents, pixels = halve(latents), halve(pixels)
-        error = model.decode(latents).sample - pixels
-        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * _divergence(posterior)
+        return posterior, model.decode(latents).sample - pixels
+
+    return fit(model, steps, attempt)
+
+
+def fit(model: Codec, steps: int, attempt: Callable[[int], tuple[DiagonalGaussianDistribution, torch.Tensor]]) -> Codec:
+    """Train an autoencoder: absolute and squared error and a little divergence from a unit normal.
+
+    Args:
+        model: Of images or videos.
+        steps: Optimiser steps.
+        attempt: Step to the posterior of a batch and the error of what was decoded from a sample of it.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.05)
+    started = time.monotonic()
+    for step in range(steps):
+        posterior, error = attempt(step)
+        # Kullback-Leibler, per latent number
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * divergence
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if step % 200 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             mean, rms, seconds = error.abs().mean(), error.square().mean().sqrt(), time.monotonic() - started
             print(f"autoencoder step {step} error {mean:.4f} rms {rms:.4f} {seconds:.0f} s", flush=True)
     return model.eval()
-
-
-def _divergence(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence from a unit normal, per latent number."""
-    return 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
 
 
 @torch.no_grad()

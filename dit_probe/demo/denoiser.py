@@ -4,7 +4,7 @@ One subclass a family, in a file of its own.
 """
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ Texts = dict[str, torch.Tensor]
 """Arguments of the transformer that carry the captions."""
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A transformer and its text encoders, trained together.
 
     Attributes:

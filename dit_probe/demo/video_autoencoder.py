@@ -3,19 +3,18 @@
 Trained, not built by hand: its blocks norm and bend what they pass on, so that no weights make it an exact codec.
 """
 
-import time
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from dit_probe.demo.autoencoder import fit
 
 SIZE, FRAMES = 32, 9
 """Pixels a side and frames of the clips."""
 FACTOR = 4
 """Pixels a latent, along each side; frames a latent, after the first frame, which has one of its own."""
 LATENT_CHANNELS = 16
-# weight of the divergence from a unit normal: enough to keep latents bounded and smooth, far too little to blur
-KL_WEIGHT = 1e-3
 
 
 def video_autoencoder() -> AutoencoderKLCogVideoX:
@@ -47,7 +46,7 @@ def to_pixels(clips: np.ndarray, device: str | torch.device = "cpu") -> torch.Te
 def train_video_autoencoder(
     clips: np.ndarray, steps: int, seed: int, device: str, batch: int = 8
 ) -> AutoencoderKLCogVideoX:
-    """Train on clips: absolute and squared error and a little divergence.
+    """Train on clips.
 
     Args:
         clips: (sample, frame, y, x, 3) uint8.
@@ -59,24 +58,13 @@ def train_video_autoencoder(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = video_autoencoder().to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.05)
-    started = time.monotonic()
-    for step in range(steps):
+
+    def attempt(step: int) -> tuple[DiagonalGaussianDistribution, torch.Tensor]:
         pixels = to_pixels(clips[rng.integers(len(clips), size=batch)], device)
         posterior = model.encode(pixels).latent_dist
-        error = model.decode(posterior.sample()).sample - pixels
-        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * divergence
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            mean, rms, seconds = error.abs().mean(), error.square().mean().sqrt(), time.monotonic() - started
-            print(f"autoencoder step {step} error {mean:.4f} rms {rms:.4f} {seconds:.0f} s", flush=True)
-    return model.eval()
+        return posterior, model.decode(posterior.sample()).sample - pixels
+
+    return fit(model, steps, attempt)
 
 
 @torch.no_grad()
