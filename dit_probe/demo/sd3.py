@@ -15,7 +15,7 @@ from dit_probe.demo.text import CLIP_WIDTH, T5_WIDTH, clip_encoder, clip_tokeniz
 GRID = 16
 """Image tokens along each side at full resolution."""
 CLIP_TOKENS = 24
-"""The pipeline pads CLIP to the tokenizer's length, and the longest of 24,000 captions has 16 tokens: 77 would be mostly pads."""
+"""The pipeline pads CLIP to the tokenizer's length; the longest of 24,000 captions has 16 tokens."""
 # The released models dropped each text encoder in 46 % of the samples. Here CLIP is left out more often, so that the
 # image has to read the T5 tokens, from which concepts are made.
 ZERO_POOLED, NO_CLIP_TOKENS = 0.6, 0.7
