@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_probe import demo, errors, figures, maps, schema, store, testing
     from dit_probe.encoding import encode
+    from dit_probe.evaluation import evaluate
     from dit_probe.probe import Observation, Probe
     from dit_probe.store import open
     from dit_probe.tracing import trace
@@ -29,6 +30,7 @@ __all__ = [
     "demo",
     "encode",
     "errors",
+    "evaluate",
     "figures",
     "maps",
     "open",
@@ -43,6 +45,7 @@ _NAMES = {
     "Observation": "probe",
     "Probe": "probe",
     "encode": "encoding",
+    "evaluate": "evaluation",
     "open": "store",
     "trace": "tracing",
     "verify": "verification",

@@ -33,7 +33,8 @@ FLOW = (
     ("datasets", "demo", "loading", "explore", "interop", "testing", "verification"),
     ("protocols",),
     ("methods",),
-    ("evaluate",),
+    ("evaluation", "summary"),
+    ("reproduce",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}

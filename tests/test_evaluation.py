@@ -12,7 +12,7 @@ import xarray as xr
 import dit_probe as dp
 from dit_probe import metrics, protocols
 from dit_probe.datasets.segmentation import VOID, PictureBook, PictureBookClips, Sample
-from dit_probe.evaluate import EvaluationWarning, evaluate, summarise, table
+from dit_probe.evaluation import EvaluationWarning, evaluate, summarise, table
 from dit_probe.methods import centre_gaussian, concept_attention, constant, image_saliency, noise, random_twin
 from dit_probe.protocols import PROTOCOLS, EvaluationError, Protocol
 from dit_probe.testing import tiny_pipeline
