@@ -39,6 +39,7 @@ from dit_probe.methods import random_twin
 from dit_probe.panels import Sheet
 from dit_probe.report import Section, page
 from dit_probe.statistics import bootstrap
+from dit_probe.summary import markdown
 from probes import ConceptAttention
 
 REPORTED, CHOOSING = 7, 8
@@ -194,15 +195,6 @@ def shown(row: dict) -> str:
     return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row["n"] else "undefined"
 
 
-def markdown(*rows: Sequence[str]) -> str:
-    """A Markdown table whose columns stand under each other; the first row is its head."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def summary(results: dict[str, Any], metric: str) -> str:
     """The main table: a row a map, at the main timestep."""
     rows = [[f"{metric}, timestep {MAIN}", "all layers", "chosen layer", "which", "all layers, random twin"]]
@@ -211,7 +203,7 @@ def summary(results: dict[str, Any], metric: str) -> str:
         twin = pick(results["random twin"], metric=metric, row=name, layer="mean")
         rows.append([name, shown(cells[0]), shown(cells[1]), layer, shown(twin)])
     fixed = [row for row in results["trivial"] if row["metric"] == metric]
-    return markdown(*rows, *([row["row"], shown(row), "", "", ""] for row in fixed))
+    return markdown([*rows, *([row["row"], shown(row), "", "", ""] for row in fixed)])
 
 
 def curves(results: dict[str, Any], metric: str, over: str, order: Sequence[Any]) -> go.Figure:
@@ -261,7 +253,7 @@ def attention_table(results: dict[str, Any]) -> str:
     rows = [["concepts attend by", *measures]]
     for attends, words in ATTENDS.items():
         rows.append([words, *(shown(pick(results["attends"], metric=m, attends=attends)) for m in measures)])
-    return markdown(*rows)
+    return markdown(rows)
 
 
 def generalisation(results: dict[str, Any]) -> str:
@@ -271,7 +263,7 @@ def generalisation(results: dict[str, Any]) -> str:
         for metric in ("auroc", "right_of_two"):
             where = {"metric": metric, "row": f"{space}, softmax"}
             rows.append([space, metric, *(shown(pick(results["pairs"], held_out=h, **where)) for h in (True, False))])
-    return markdown(*rows)
+    return markdown(rows)
 
 
 def findings(by_time: dict[int, xr.DataArray], attends: dict[str, xr.DataArray], best: str) -> list[dict[str, Any]]:
@@ -320,7 +312,7 @@ def claims_table(results: dict[str, Any]) -> str:
         cells = [pick(results["findings"], claim=claim, metric=m) for m in measures]
         words = ["yes" if c["low"] > 0 else "opposite" if c["high"] < 0 else "open" for c in cells]
         rows.append([claim, *(f"{word}: {shown(cell)}" for word, cell in zip(words, cells, strict=True))])
-    return markdown(*rows)
+    return markdown(rows)
 
 
 def evaluate(pipe: Any, count: int, video: bool) -> dict[str, Any]:

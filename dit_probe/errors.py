@@ -37,6 +37,10 @@ class MapError(DitProbeError):
     """A score or saliency map cannot be computed from the dataset, or would say nothing."""
 
 
+class MetricError(DitProbeError):
+    """Maps and masks that cannot be compared, or numbers that cannot be summed up."""
+
+
 class ConceptWarning(UserWarning):
     """A concept splits into several tokens and only the first is used."""
 

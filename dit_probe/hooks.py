@@ -177,7 +177,9 @@ class Hooks:
                     f"{block.path}: ran on {found} rows of the {rows} that the transformer was called on. A cache "
                     "(FasterCache …) left a branch of guidance out; switch it off to trace"
                 )
-            if any(name.endswith("_unrotated") for name in self._wanted(block)):
+            wanted = self._wanted(block)
+            needed = wanted.union(*(probe.needs for probe in self._probes if wanted & probe.observes.keys()))
+            if any(name.endswith("_unrotated") for name in needed):
                 for name, norm in self._anatomy.unrotated(block, self._arguments).items():
                     self._norm_handles.append(norm.register_forward_hook(_eager(self._after_norm(name))))
 

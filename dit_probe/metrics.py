@@ -29,19 +29,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 
-from dit_probe.errors import DitProbeError
+from dit_probe.errors import MetricError as MetricError
+from dit_probe.rows import Rows, Threshold, ratio
 
-Threshold = Literal["mean", "otsu"] | float
 Names = tuple[str, ...]
 Given = tuple[xr.DataArray, xr.DataArray, xr.DataArray | None]
-Measure = Callable[["_Block"], np.ndarray]
+Measure = Callable[[Rows], np.ndarray]
 
 DEFAULT = ("auroc", "ap", "max_f1", "pixel_accuracy", "iou_foreground", "iou_macro", "pointing")
 METRICS = (*DEFAULT, "boundary_f", "energy_pointing", "ap_legacy", "iou_pooled_legacy", "pixel_accuracy_void_as_error")
@@ -49,11 +47,6 @@ COUNTS = ("true_positive", "false_positive", "false_negative", "true_negative")
 
 _PLACE = ("frame", "y", "x")
 _NUMBERS = 2**20  # in an array at a time: the ranks of a whole run would be gigabytes
-_by = partial(np.take_along_axis, axis=-1)
-
-
-class MetricError(DitProbeError):
-    """Maps and masks that cannot be compared, or numbers that cannot be summed up."""
 
 
 def score(
@@ -92,7 +85,7 @@ def score(
     if unknown := [name for name in names if name not in METRICS]:
         raise MetricError(f"no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}")
 
-    def measure(block: _Block) -> np.ndarray:
+    def measure(block: Rows) -> np.ndarray:
         return np.stack([getattr(block, name)() for name in names], axis=-1)
 
     found = _measured(measure, ", ".join(names), (maps, masks, valid), threshold, adds=("metric",))
@@ -125,6 +118,24 @@ def counts(
     return table.assign_coords(count=list(COUNTS))
 
 
+def predicted(maps: xr.DataArray, *, valid: xr.DataArray | None = None, threshold: Threshold = "mean") -> xr.DataArray:
+    """What is above the threshold, (..., [frame,] y, x) bool at the maps' size; arguments and errors as `score`.
+
+    Example:
+        >>> predicted(xr.DataArray([[0.9, 0.1], [0.2, 0.1]], dims=("y", "x"))).values.tolist()
+        [[True, False], [False, False]]
+    """
+    _check(maps, "maps", "predicted", kinds="biuf")
+    seen = xr.ones_like(maps, dtype=bool) if valid is None else valid
+    grid = maps.sizes["y"], maps.sizes["x"]
+
+    def measure(block: Rows) -> np.ndarray:
+        return block.predicted.reshape(len(block.values), -1, *grid)
+
+    found = _measured(measure, "predicted", (maps, seen, seen), threshold, adds=_PLACE)
+    return found if "frame" in maps.dims else found.isel(frame=0)
+
+
 def right_of_two(
     maps: xr.DataArray, masks: xr.DataArray, concept: str = "concept", *, valid: xr.DataArray | None = None
 ) -> xr.DataArray:
@@ -139,14 +150,14 @@ def right_of_two(
         1.0
     """
 
-    def measure(block: _Block) -> np.ndarray:
+    def measure(block: Rows) -> np.ndarray:
         present = block.inside.sum(-1) > 0
         two = present.sum(-1) == 2
         pair = np.take(np.argsort(present, axis=-1), [-2, -1], axis=-1, mode="wrap")[..., None]  # one: with itself
         parts = (np.take_along_axis(part, pair, axis=1) for part in (block.values, block.inside))
         (a, b), (first, second) = (np.moveaxis(part, 1, 0) for part in parts)
         win = (a > b) + 0.5 * (a == b)
-        means = [_ratio((part * own).sum(-1), own.sum(-1), two) for part, own in ((win, first), (1 - win, second))]
+        means = [ratio((part * own).sum(-1), own.sum(-1), two) for part, own in ((win, first), (1 - win, second))]
         return np.mean(means, axis=0)
 
     return _measured(measure, "right_of_two", (maps, masks, valid), together=(concept,))
@@ -167,10 +178,10 @@ def argmax_iou(
         [1.0, 1.0]
     """
 
-    def measure(block: _Block) -> np.ndarray:
+    def measure(block: Rows) -> np.ndarray:
         highest = block.values == block.values.max(axis=1, keepdims=True)
         share = highest / highest.sum(axis=1, keepdims=True)
-        return _ratio((share * block.inside).sum(-1), (block.inside + share * block.outside).sum(-1))
+        return ratio((share * block.inside).sum(-1), (block.inside + share * block.outside).sum(-1))
 
     return _measured(measure, "argmax_iou", (maps, masks, valid), together=(concept,), adds=(concept,))
 
@@ -203,130 +214,6 @@ def resize(array: xr.DataArray, y: int, x: int, method: Literal["nearest", "bili
     return array
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some rows, (row, token) or (row, concept, token). A method with the name of a metric gives it for each row."""
-
-    values: np.ndarray
-    inside: np.ndarray
-    outside: np.ndarray
-    threshold: Threshold
-    token: tuple[int, int]  # how many pixels tall and wide
-    pixels: list[np.ndarray]  # masks, and what is valid: (row, frame, y, x)
-
-    @cached_property
-    def weight(self) -> np.ndarray:
-        return self.inside + self.outside
-
-    @cached_property
-    def curve(self) -> tuple[np.ndarray, ...]:
-        """By falling value: order, where a value ends, object and other pixels down to there and of each value."""
-        order = np.argsort(-self.values, axis=-1)
-        values, inside, outside = (_by(part, order) for part in (self.values, self.inside, self.outside))
-        ends = np.diff(values, axis=-1, append=np.nan) != 0
-        totals = [np.cumsum(part, axis=-1) for part in (inside, outside)]
-        # Totals never fall: up to the end of its ties, the highest so far is that of the value before.
-        reached = [np.maximum.accumulate(np.where(ends, total, 0), axis=-1) for total in totals]
-        return order, ends, *totals, *(np.diff(total, axis=-1, prepend=0) for total in reached)
-
-    @cached_property
-    def scaled(self) -> np.ndarray:
-        """Min-maxed over valid pixels; 0 where a map is constant."""
-        low = np.where(self.weight > 0, self.values, np.inf).min(-1, keepdims=True)
-        span = np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True) - low
-        return np.where(span > 0, self.values - low, 0) / np.where(span > 0, span, 1)
-
-    @cached_property
-    def predicted(self) -> np.ndarray:
-        if isinstance(self.threshold, (int, float)):
-            return self.scaled > self.threshold
-        if self.threshold == "mean":
-            return self.scaled - 1e-12 > _ratio((self.scaled * self.weight).sum(-1), self.weight.sum(-1))[:, None]
-        order, ends, *_ = self.curve
-        values, weight = _by(self.scaled, order), _by(self.weight, order)
-        above, mass = np.cumsum(weight, axis=-1), np.cumsum(weight * values, axis=-1)
-        below = above[:, -1:] - above
-        spread = (mass * above[:, -1:] - mass[:, -1:] * above) ** 2 / np.maximum(above * below, 1)
-        last = np.where(ends & (below > 0), spread, 0).argmax(-1)
-        return self.scaled > _by(values, np.minimum(last + 1, values.shape[-1] - 1)[:, None])
-
-    @cached_property
-    def counts(self) -> tuple[np.ndarray, ...]:
-        true, false = ((self.predicted * part).sum(-1) for part in (self.inside, self.outside))
-        return true, false, self.inside.sum(-1) - true, self.outside.sum(-1) - false
-
-    def auroc(self) -> np.ndarray:
-        _, _, true, _, gained, spent = self.curve
-        return _ratio((spent * (true - gained / 2)).sum(-1), self.inside.sum(-1) * self.outside.sum(-1))
-
-    def ap(self) -> np.ndarray:
-        _, _, true, false, gained, _ = self.curve
-        return _ratio((gained * true / np.maximum(true + false, 1)).sum(-1), self.inside.sum(-1))
-
-    def max_f1(self) -> np.ndarray:
-        _, ends, true, false, *_ = self.curve
-        return (ends * 2 * _ratio(true, true + false + self.inside.sum(-1, keepdims=True), true[:, -1:] > 0)).max(-1)
-
-    def pixel_accuracy(self) -> np.ndarray:
-        true, false, missed, rest = self.counts
-        return _ratio(true + rest, true + false + missed + rest)
-
-    def iou_foreground(self) -> np.ndarray:
-        true, false, missed, _ = self.counts
-        return _ratio(true, true + false + missed, true + missed > 0)
-
-    def iou_macro(self) -> np.ndarray:
-        _, false, missed, rest = self.counts
-        return (self.iou_foreground() + _ratio(rest, rest + false + missed, rest + false > 0)) / 2
-
-    def boundary_f(self) -> np.ndarray:
-        try:
-            from scipy import ndimage
-        except ImportError:
-            raise MetricError("boundary_f needs SciPy: pip install 'dit-probe[eval]'") from None
-        spread: Any = ndimage.binary_dilation  # its types say that it gives floats
-        mask, valid = self.pixels
-        (tall, wide), (*frames, height, width) = self.token, mask.shape
-        predicted = self.predicted.reshape(*frames, height // tall, width // wide).repeat(tall, -2).repeat(wide, -1)
-        cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
-        drawn, true = (area & spread(~area, cross) for area in (predicted, mask & valid))
-        reach = max(1.0, 0.0075 * math.hypot(height, width))
-        ruler = np.arange(-int(reach), int(reach) + 1)
-        disk = (ruler[:, None] ** 2 + ruler**2 <= reach**2)[None, None]
-        claimed, pixels = drawn & valid, (1, 2, 3)
-        hits, claims = (claimed & spread(true, disk)).sum(pixels), claimed.sum(pixels)
-        precision = np.where(claims > 0, hits / np.maximum(claims, 1), 1)  # nothing claimed, nothing wrong
-        recall = _ratio((true & spread(drawn, disk)).sum(pixels), true.sum(pixels))
-        return np.where(recall == 0, 0, _ratio(2 * precision * recall, precision + recall))
-
-    def pointing(self) -> np.ndarray:
-        top = self.values == np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True)
-        return _ratio((top * self.inside).sum(-1), (top * self.weight).sum(-1), self.inside.any(-1))
-
-    def energy_pointing(self) -> np.ndarray:
-        if (low := self.values.min()) < 0:
-            raise MetricError(f"energy_pointing of maps down to {low:.3g}: use maps >= 0, as after a softmax")
-        return _ratio((self.values * self.inside).sum(-1), (self.values * self.weight).sum(-1), self.inside.any(-1))
-
-    def ap_legacy(self) -> np.ndarray:
-        parts = (1 - self.scaled, self.scaled), (self.outside, self.inside), (self.inside, self.outside)
-        values, inside, outside = (np.concatenate(part, axis=-1) for part in parts)
-        return replace(self, values=values, inside=inside, outside=outside).ap()
-
-    def iou_pooled_legacy(self) -> np.ndarray:
-        return (accuracy := self.pixel_accuracy()) / (2 - accuracy)
-
-    def pixel_accuracy_void_as_error(self) -> np.ndarray:
-        valid, (tall, wide) = self.weight.sum(-1), self.token
-        return 2 * self.pixel_accuracy() * valid / (valid + self.weight.shape[-1] * tall * wide)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray, about: Any = True) -> np.ndarray:
-    """NaN where there is nothing to divide by, or nothing of what the ratio is about."""
-    defined = (whole > 0) & about
-    return np.where(defined, part, np.nan) / np.where(defined, whole, 1)
-
-
 def _measured(
     of: Measure, purpose: str, given: Given, threshold: Threshold = "mean", together: Names = (), adds: Names = ()
 ) -> xr.DataArray:
@@ -348,11 +235,11 @@ def _measured(
         # Views: nothing is copied along dims that only maps or only masks have.
         wholes = [np.broadcast_to(a, shape + a.shape[len(own) :]) for a, own in zip(arrays, leads, strict=True)]
 
-        def block(start: int) -> _Block:
+        def block(start: int) -> Rows:
             index = np.unravel_index(np.arange(start, min(start + step, math.prod(shape))), shape) if shape else (None,)
             values, inside, outside = (whole[index].reshape(-1, *row).astype(float) for whole in wholes[:3])
             pixels = [whole[index] for whole in wholes[3:] if "boundary_f" in purpose]
-            return _Block(values, inside, outside, threshold, (tall, wide), pixels)
+            return Rows(values, inside, outside, threshold, (tall, wide), pixels)
 
         found = np.concatenate([of(block(start)) for start in range(0, math.prod(shape), step)])
         return found.reshape([*shape, *found.shape[1:]])

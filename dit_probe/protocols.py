@@ -1,40 +1,40 @@
 """Protocols: what happens to picture, map and mask between a method and a number. Data, recorded with every result.
 
-| | ``chefer`` | ``paper`` | ``native`` |
-|---|---|---|---|
-| picture that a method gets | 224 x 224, bilinear | 512 x 512, bicubic | as it is |
-| mask that is scored on | 224 x 224, nearest | 224 x 224, nearest | as it is |
-| map | enlarged bilinearly | enlarged, nearest | resized bilinearly to the mask |
-| threshold | of the enlarged map: its mean | on the map's own grid: its mean | of the enlarged map: mean, Otsu, 0.5 |
-| void pixels | have a say in the threshold, count nowhere | likewise | unseen |
+| | ``chefer`` | ``paper`` | ``paper_multiclass`` | ``native`` |
+|---|---|---|---|---|
+| picture that a method gets | 224 x 224, bilinear | 512 x 512, bicubic | 512 x 512, nearest | as it is |
+| mask that is scored on | 224 x 224, nearest | 224 x 224, nearest | 64 x 64, nearest | as it is |
+| map | enlarged bilinearly | enlarged, nearest | nearest: argmax is that of its own grid | bilinear to the mask |
+| threshold | enlarged map's mean | mean on the map's own grid | likewise | enlarged map's mean, Otsu, 0.5 |
+| void pixels | have a say in the threshold, count nowhere | likewise | likewise | unseen |
 
 ``chefer`` is the order of Chefer et al. (2021) and Gandelsman et al.; ``paper`` that of ConceptAttention's runners,
-whose VAE enlarges the 512 pixels once more; ``native`` compares methods of different grids on the annotated pixels. All
-of them give a method the words that are in the picture (``classes="present"``, an oracle) and the background words
-of the data set; change a field with `dataclasses.replace`.
+whose VAE enlarges the 512 pixels once more, and ``paper_multiclass`` of Table 3: of ``intersection`` I and ``union`` U,
+summed over the pictures, mIoU is the mean of I / U over classes, Acc ``2 sum I / (sum I + sum U)``. Void pixels that a
+class was predicted on are in the runners' U, and not in this one. ``native`` compares methods of different grids on the
+annotated pixels. All of them give a method the words that are in the picture (``classes="present"``, an oracle) and the
+background words of the data set; change a field with `dataclasses.replace`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 
-from dit_probe import metrics
+from dit_probe import metrics, picture_metrics
 from dit_probe.datasets.samples import Sample, masks, valid
-from dit_probe.errors import DitProbeError
-from dit_probe.metrics import COUNTS, Threshold
+from dit_probe.errors import DitProbeError, MetricError
+from dit_probe.picture_metrics import BACKGROUND as BACKGROUND
+from dit_probe.picture_metrics import RANKING as RANKING
+from dit_probe.picture_metrics import THRESHOLDED as THRESHOLDED
+from dit_probe.rows import Threshold
 
-BACKGROUND = "background"
-"""The class that all background words are merged to."""
-
-RANKING = ("auroc", "ap", "max_f1", "pointing", "ap_legacy")
-"""Metrics that no threshold is chosen for."""
-THRESHOLDED = ("pixel_accuracy", "iou_foreground", "iou_macro", "iou_pooled_legacy", "pixel_accuracy_void_as_error")
 METRICS = (*RANKING, *THRESHOLDED, "miou")
 
 
@@ -59,6 +59,8 @@ class Protocol:
         void: ``unseen``: outside of minimum, maximum and threshold, too; ``uncounted``: there, but not counted.
         background: words for what is no class, given to methods beside the classes; None: those of the data set.
         classes: whose words a method is given: those ``present`` in the picture, or ``all20``, the whole vocabulary.
+        absent: how many words that are not in the picture a method is given beside them, for ``auroc_absent``. Like
+            all words, they change the maps of methods that normalise over words, and they are classes to the argmax.
 
     Raises:
         EvaluationError: a field has a value that does not exist, or two contradict each other.
@@ -80,6 +82,7 @@ class Protocol:
     void: Literal["unseen", "uncounted"] = "unseen"
     background: tuple[str, ...] | None = None
     classes: Literal["present", "all20"] = "present"
+    absent: int = 0
 
     def __post_init__(self) -> None:
         choices = {
@@ -97,10 +100,10 @@ class Protocol:
         early = self.order == "threshold, upsample"
         numbers = [t for t in self.thresholds if t not in ("mean", "otsu")]
         wrong = [t for t in numbers if isinstance(t, str) or not 0 <= t <= 1]
-        if wrong or not self.thresholds or (early and "otsu" in self.thresholds):
+        if wrong or not self.thresholds:
             raise EvaluationError(
                 f"protocol {self.name!r}: thresholds={self.thresholds!r}; give one or more of 'mean', 'otsu' and "
-                "numbers in 0..1; 'otsu' only where the map is enlarged first"
+                "numbers in 0..1"
             )
         if early and (self.map_interpolation, self.void) != ("nearest", "uncounted"):
             raise EvaluationError(
@@ -112,6 +115,8 @@ class Protocol:
                 f"protocol {self.name!r}: background={self.background!r}, image_size={self.image_size}, "
                 f"mask_size={self.mask_size}; give a tuple of words, and sides of 1 pixel or more"
             )
+        if self.absent < 0:
+            raise EvaluationError(f"protocol {self.name!r}: absent={self.absent}; give a number of words, 0 or more")
 
     @property
     def _sizes(self) -> tuple[int | None, int | None]:
@@ -132,6 +137,15 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 "paper", "threshold, upsample", ("mean",), "nearest", image_size=512, mask_size=224, void="uncounted"
             ),
             Protocol("native", thresholds=("mean", "otsu", 0.5)),
+            Protocol(
+                "paper_multiclass",
+                "threshold, upsample",
+                map_interpolation="nearest",
+                image_size=512,
+                image_interpolation="nearest",
+                mask_size=64,
+                void="uncounted",
+            ),
         )
     }
 )
@@ -153,12 +167,14 @@ def find(protocol: str | Protocol) -> Protocol:
 def words(
     protocol: str | Protocol, sample: Sample, vocabulary: Sequence[str] = (), background: Sequence[str] = ()
 ) -> list[str]:
-    """The words that a method is given for a picture: classes, then background words, each once.
+    """The words that a method is given for a picture: classes, absent ones, then background words, each once.
 
     Args:
-        protocol: whose `classes` and `background`.
-        sample: the picture.
-        vocabulary: class words of its data set, in whose order ``all20`` gives them.
+        protocol: whose `classes`, `absent` and `background`.
+        sample: the picture. Its name, and nothing else, decides which absent words come first.
+        vocabulary: class words of its data set, in whose order ``all20`` gives them. Absent are those that are not in
+            `sample.target`; where the annotation looked for one object only, as in ImageNet-Segmentation, a few of
+            them may be there after all.
         background: words of its data set, for a protocol that has none of its own.
 
     Example:
@@ -167,8 +183,15 @@ def words(
         ['sun', 'boat', 'sky', 'grass']
     """
     protocol = find(protocol)
-    classes = sample.target if protocol.classes == "present" else (*vocabulary, *sample.target)
-    return list(dict.fromkeys([*classes, *(background if protocol.background is None else protocol.background)]))
+    background = background if protocol.background is None else protocol.background
+    if protocol.classes == "all20":
+        return list(dict.fromkeys([*vocabulary, *sample.target, *background]))
+
+    def rank(word: str) -> bytes:
+        return hashlib.sha256(f"{sample.name}\n{word}".encode()).digest()
+
+    absent = sorted({*vocabulary} - {*sample.target, *background}, key=rank)[: protocol.absent]
+    return list(dict.fromkeys([*sample.target, *absent, *background]))
 
 
 def prepare(protocol: str | Protocol, sample: Sample) -> tuple[np.ndarray, xr.DataArray, xr.DataArray]:
@@ -219,7 +242,7 @@ def resize_image(image: np.ndarray, size: int, interpolation: str = "bicubic") -
 def score(
     protocol: str | Protocol, maps: xr.DataArray, sample: Sample, *, vocabulary: Sequence[str] | None = None
 ) -> xr.Dataset:
-    """All numbers of one picture.
+    """All numbers of one picture; `dit_probe.picture_metrics` has a table of them.
 
     Metrics of the foreground are those of `dit_probe.metrics.score`: each word of the picture, its map against its own
     pixels, and the mean over the words for which it is defined. Per class, each pixel goes to the concept with the
@@ -235,7 +258,8 @@ def score(
         maps: ([concept,] [frame,] y, x) with the words as coordinate ``concept``, in any units. Without that dim the
             map is class-agnostic, one for all words, and nothing per class is defined.
         sample: the picture, untouched.
-        vocabulary: class words; None: those that the annotation has a label for.
+        vocabulary: class words; None: those that the annotation has a label for. Those that are not in the picture
+            and have a map are the words of ``auroc_absent``.
 
     Returns:
         `RANKING` () and ``miou``, the mean of intersection / union over classes that have a union; `THRESHOLDED`
@@ -259,19 +283,19 @@ def score(
     vocabulary = tuple(w for w, label in sample.labels.items() if label > 0) if vocabulary is None else vocabulary
     vocabulary = [word for word in vocabulary if word != BACKGROUND]
     _, labels, counted = prepare(protocol, sample)
-    agnostic = "concept" not in maps.dims
-    _check(maps, sample, labels, agnostic)
-    height, width = labels.sizes["y"], labels.sizes["x"]
+    _check(maps, sample, labels)
     maps = maps.drop_vars([name for name, coord in maps.coords.items() if "frame" in coord.dims])
-    large = metrics.resize(maps, height, width, protocol.map_interpolation)
-    found = _foreground(protocol, maps, large, _of(sample, sample.target, labels), counted, agnostic)
-    classes = [BACKGROUND, *vocabulary]
-    table = np.full((2, len(classes)), np.nan)
-    if not agnostic and maps.sizes["concept"] > 1:
-        table = _per_class(large, _of(sample, [w for w in vocabulary if w in sample.labels], labels), counted, classes)
-    found["intersection"], found["union"] = (xr.DataArray(row, {"class": classes}) for row in table)
-    found["miou"] = (found["intersection"] / found["union"].where(found["union"] > 0)).mean("class")
-    return found
+    large = metrics.resize(maps, labels.sizes["y"], labels.sizes["x"], protocol.map_interpolation)
+    large = large.broadcast_like(counted)
+    truth = _of(sample, sample.target, labels)
+    annotated = _of(sample, [word for word in vocabulary if word in sample.labels], labels)
+    absent = [word for word in vocabulary if word not in sample.target]
+    parts = (
+        picture_metrics.ranking(large, truth, counted, absent),
+        picture_metrics.thresholded(protocol, maps, large, truth, counted),
+        picture_metrics.by_class(large, annotated, counted, vocabulary),
+    )
+    return xr.merge(parts)
 
 
 def _of(sample: Sample, names: Sequence[str], labels: xr.DataArray) -> xr.DataArray:
@@ -280,89 +304,7 @@ def _of(sample: Sample, names: Sequence[str], labels: xr.DataArray) -> xr.DataAr
     return xr.DataArray(masks(stretched, names), {"concept": list(names)}, ("concept", *labels.dims))
 
 
-def _foreground(
-    protocol: Protocol,
-    maps: xr.DataArray,
-    large: xr.DataArray,
-    truth: xr.DataArray,
-    counted: xr.DataArray,
-    agnostic: bool,
-) -> xr.Dataset:
-    names = truth.concept.values.tolist()
-    if not names:  # nothing but background
-        undefined = {name: xr.DataArray(np.nan) for name in RANKING}
-        table = xr.DataArray(np.zeros((len(protocol.thresholds), 4)), dims=("threshold", "count"))
-        table = table.assign_coords(threshold=protocol.labels, count=list(COUNTS))
-        thresholded = {name: table.isel(count=0, drop=True) * np.nan for name in THRESHOLDED}
-        return xr.Dataset({**undefined, **thresholded, "counts": table})
-    if not agnostic:
-        maps, large = (array.sel(concept=names) for array in (maps, large))
-    ranked = metrics.score(large, truth, valid=counted, metrics=RANKING).mean("concept")
-    tables: list[Any] = [_counts(protocol, t, maps, large, truth, counted) for t in protocol.thresholds]
-    table: Any = xr.concat(tables, xr.Variable("threshold", protocol.labels))
-    true, false, missed, rest = (table.sel(count=name, drop=True) for name in COUNTS)
-    pixels = true + false + missed + rest
-    both = (true + missed > 0) & (rest + false > 0)
-    foreground = true / (true + false + missed).where(true + missed > 0)
-    accuracy = (true + rest) / pixels.where(pixels > 0)
-    thresholded = {
-        "pixel_accuracy": accuracy,
-        "iou_foreground": foreground,
-        "iou_macro": (foreground + rest / (rest + false + missed).where(rest + false > 0)).where(both) / 2,
-        "iou_pooled_legacy": accuracy / (2 - accuracy),
-        # two channels: both of a valid pixel, one of a void one
-        "pixel_accuracy_void_as_error": 2 * (true + rest) / (pixels + counted.size).where(pixels > 0),
-    }
-    means = {name: values.mean("concept").drop_attrs() for name, values in thresholded.items()}
-    scores = {name: ranked[name].drop_attrs() for name in RANKING}
-    return xr.Dataset({**scores, **means, "counts": table.sum("concept").drop_attrs()})
-
-
-def _counts(
-    protocol: Protocol,
-    threshold: Threshold,
-    maps: xr.DataArray,
-    large: xr.DataArray,
-    truth: xr.DataArray,
-    counted: xr.DataArray,
-) -> xr.DataArray:
-    """(concept, count): pixels right and wrong."""
-    if protocol.void == "unseen":
-        return metrics.counts(large, truth, valid=counted, threshold=threshold)
-    if protocol.order == "threshold, upsample":
-        place = [dim for dim in maps.dims if dim != "concept"]
-        low, high = maps.min(place), maps.max(place)
-        scaled = (maps - low) / (high - low).where(high > low, 1)
-        bar = scaled.mean(place) + 1e-12 if threshold == "mean" else float(threshold)
-        # The least of a map is never above a threshold, so that 0 and 1 are still 0 and 1 after another min-max.
-        large = metrics.resize((scaled > bar).astype(float), truth.sizes["y"], truth.sizes["x"])
-        threshold = 0.5
-    # Without `valid`, all pixels have a say in the threshold: void ones are in neither of the two masks.
-    inside, outside = (metrics.counts(large, part & counted, threshold=threshold) for part in (truth, ~truth))
-    parts = [inside.isel(count=0), outside.isel(count=0), inside.isel(count=2), outside.isel(count=2)]
-    joined: Any = xr.concat([part.drop_vars("count") for part in parts], xr.Variable("count", list(COUNTS)))
-    return joined
-
-
-def _per_class(large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray, classes: Sequence[str]) -> np.ndarray:
-    """(2, class): intersection and union."""
-    if not np.isfinite(large).all():
-        raise metrics.MetricError("score: a map holds NaN or infinity: see its layer")
-    highest = large == large.max("concept")
-    shares = (highest / highest.sum("concept") * counted).transpose("concept", *counted.dims).values
-    annotated = {word: (truth.sel(concept=word) & counted).values for word in truth.concept.values.tolist()}
-    annotated[BACKGROUND] = (~truth.any("concept") & counted).values
-    table = np.zeros((2, len(classes)))
-    for label, own in annotated.items():
-        table[1, classes.index(label)] += own.sum()
-    for word, share in zip(large.concept.values.tolist(), shares, strict=True):
-        label = word if word in classes else BACKGROUND
-        both = (share * annotated[label]).sum() if label in annotated else 0.0
-        table[:, classes.index(label)] += both, share.sum() - both
-    return table
-
-
-def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray, agnostic: bool) -> None:
+def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray) -> None:
     """Refuse maps that are not of this picture."""
     allowed = {"concept", *map(str, labels.dims)}
     if set(maps.dims) - allowed or {"y", "x"} - set(maps.dims):
@@ -376,8 +318,10 @@ def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray, agnostic: b
             "of the video the map of the latent frame that shows it"
         )
     named = maps.coords["concept"].values.tolist() if "concept" in maps.coords else []
-    if not agnostic and (missing := [word for word in sample.target if word not in named]):
+    if "concept" in maps.dims and (missing := [word for word in sample.target if word not in named]):
         raise EvaluationError(
             f"{sample.name}: no map of {', '.join(map(repr, missing))}, which the picture shows; there are "
             f"{', '.join(map(str, named)) or 'maps without labels'}. Label the dim concept with the words"
         )
+    if not np.isfinite(maps).all():
+        raise MetricError(f"{sample.name}: a map holds NaN or infinity: see its layer")

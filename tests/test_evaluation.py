@@ -1,229 +1,61 @@
-"""Evaluation: protocols by hand, runs that stop and go on, methods that fail, maps that look at nothing."""
+"""Evaluation: runs that stop, go on and grow, methods that fail, what is stored."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 
 import dit_probe as dp
-from dit_probe import metrics, protocols
-from dit_probe.datasets.segmentation import VOID, PictureBook, PictureBookClips, Sample
-from dit_probe.evaluation import EvaluationWarning, evaluate, summarise, table
-from dit_probe.methods import centre_gaussian, concept_attention, constant, image_saliency, noise, random_twin
-from dit_probe.protocols import PROTOCOLS, EvaluationError, Protocol
-from dit_probe.testing import tiny_pipeline
-
-
-def a_sample(*, void: bool = True, size: tuple[int, int] = (20, 30)) -> Sample:
-    random = np.random.default_rng(5)
-    mask = np.zeros(size, np.int16)
-    mask[3:12, 8:25] = 1
-    if void:
-        mask[12:14, 8:25] = VOID
-    image = random.integers(0, 256, (*size, 3)).astype(np.uint8)
-    return Sample("a", image, mask, ("boat",), {"boat": 1, "sun": 2})
-
-
-def some_maps(words=("boat", "water"), grid=(5, 7)) -> xr.DataArray:
-    values = np.random.default_rng(1).normal(size=(len(words), *grid))
-    return xr.DataArray(values, {"concept": list(words)}, ("concept", "y", "x"))
-
-
-def by_hand(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray) -> list[int]:
-    pairs = ((predicted, truth), (predicted, ~truth), (~predicted, truth), (~predicted, ~truth))
-    return [int((a & b & counted).sum()) for a, b in pairs]
-
-
-def nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    at = [((2 * np.arange(n) + 1) * old) // (2 * n) for n, old in zip((height, width), array.shape, strict=True)]
-    return array[np.ix_(*at)]
-
-
-def bilinear(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Through torch, which the paper's and Chefer's code use."""
-    import torch
-
-    tensor = torch.from_numpy(array)[None, None]
-    return torch.nn.functional.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
-
-
-def scaled(values: np.ndarray) -> np.ndarray:
-    return (values - values.min()) / (values.max() - values.min())
-
-
-@pytest.mark.parametrize(
-    ("protocol", "picture", "mask"),
-    [("chefer", (224, 224, 3), (224, 224)), ("paper", (512, 512, 3), (224, 224)), ("native", (20, 30, 3), (20, 30))],
-)
-def test_what_a_method_sees_and_what_is_scored(protocol, picture, mask):
-    from PIL import Image
-
-    sample = a_sample()
-    image, labels, valid = protocols.prepare(protocol, sample)
-    assert (image.shape, labels.shape, image.dtype, labels.dtype) == (picture, mask, np.uint8, np.int16)
-    np.testing.assert_array_equal(labels, nearest(sample.mask, *mask))
-    np.testing.assert_array_equal(valid, labels != VOID)
-    way = {"chefer": Image.Resampling.BILINEAR, "paper": Image.Resampling.BICUBIC, "native": Image.Resampling.NEAREST}
-    expected = Image.fromarray(sample.image).resize(picture[1::-1], way[protocol])
-    np.testing.assert_array_equal(image, np.asarray(expected))
-
-
-def test_chefer_enlarges_before_it_thresholds():
-    sample, maps = a_sample(), some_maps()
-    large = scaled(bilinear(maps.values[0], 224, 224))
-    labels = nearest(sample.mask, 224, 224)
-    expected = by_hand(large > large.mean(), labels == 1, labels != VOID)
-    assert protocols.score("chefer", maps, sample).counts.values.tolist() == [expected]
-
-
-def test_paper_thresholds_before_it_enlarges():
-    sample, maps = a_sample(), some_maps()
-    small = scaled(maps.values[0])
-    labels = nearest(sample.mask, 224, 224)
-    expected = by_hand(nearest(small > small.mean(), 224, 224), labels == 1, labels != VOID)
-    found = protocols.score("paper", maps, sample)
-    assert found.counts.values.tolist() == [expected]
-    assert expected != protocols.score("chefer", maps, sample).counts.values[0].tolist()
-    assert float(found.auroc) == pytest.approx(
-        metrics.auroc(
-            xr.DataArray(nearest(maps.values[0], 224, 224)[labels != VOID][None], dims=("y", "x")),
-            xr.DataArray((labels == 1)[labels != VOID][None], dims=("y", "x")),
-        ).item()
-    )
-
-
-def test_native_scores_on_the_mask_and_does_not_see_void():
-    sample, maps = a_sample(), some_maps()
-    large, counted = bilinear(maps.values[0], 20, 30), sample.mask != VOID
-    seen = large[counted]
-    unit = (large - seen.min()) / (seen.max() - seen.min())
-    found = protocols.score("native", maps, sample)
-    assert found.threshold.values.tolist() == ["mean", "otsu", "0.5"]
-    for threshold, bar in (("mean", unit[counted].mean()), ("0.5", 0.5)):
-        expected = by_hand(unit > bar, sample.mask == 1, counted)
-        assert found.counts.sel(threshold=threshold).values.tolist() == expected
-
-
-def test_thresholded_metrics_are_those_of_metrics():
-    sample, maps = a_sample(), some_maps()
-    enlarged = metrics.resize(maps.sel(concept="boat"), 20, 30, "bilinear")
-    truth, counted = (xr.DataArray(a, dims=("y", "x")) for a in (sample.mask == 1, sample.mask != VOID))
-    found = protocols.score("native", maps, sample)
-    for threshold in ("mean", "otsu", 0.5):
-        names = (*protocols.RANKING, *protocols.THRESHOLDED)
-        expected = metrics.score(enlarged, truth, valid=counted, metrics=names, threshold=threshold)
-        for name in names:
-            value = found[name].sel(threshold=str(threshold)) if name in protocols.THRESHOLDED else found[name]
-            assert float(value) == pytest.approx(float(expected[name])), (name, threshold)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_constant_map_predicts_nothing(protocol):
-    found = protocols.score(protocol, some_maps() * 0 + 0.3, a_sample())
-    assert found.counts.sel(count=["true_positive", "false_positive"]).values.sum() == 0
-    assert float(found.auroc) == 0.5
-
-
-def test_numbers_by_class_are_those_of_argmax():
-    sample = PictureBook(1, objects=["sun", "boat"])[0]
-    maps = some_maps(("sun", "boat", "sky", "grass"), (64, 64))
-    found = protocols.score("native", maps, sample)
-    labels = np.array([sample.labels["sun"], sample.labels["boat"], 0, 0])[maps.values.argmax(0)]
-    for word in ("sun", "boat", "background"):
-        a, b = labels == sample.labels.get(word, 0), sample.mask == sample.labels.get(word, 0)
-        row = found.sel({"class": word})
-        assert (float(row.intersection), float(row.union)) == ((a & b).sum(), (a | b).sum())
-    assert float(found.union.sel({"class": "house"} if "house" in found["class"] else {"class": "tree"})) == 0
-    assert float(found.miou) == pytest.approx(float((found.intersection / found.union.where(found.union > 0)).mean()))
-
-
-def test_void_pixels_are_in_no_class():
-    found = protocols.score("native", some_maps(), a_sample())
-    assert found["class"].values.tolist() == ["background", "boat", "sun"]
-    assert float(found.union.sum()) <= 2 * (a_sample().mask != VOID).sum()
-    flipped = replace_void(a_sample())
-    assert float(protocols.score("native", some_maps(), flipped).union.sum()) != float(found.union.sum())
-
-
-def replace_void(sample: Sample) -> Sample:
-    return Sample(
-        sample.name, sample.image, np.where(sample.mask == VOID, 0, sample.mask), sample.target, sample.labels
-    )
-
-
-def test_a_picture_of_nothing_but_background_is_undefined():
-    sample = a_sample(void=False)
-    bare = Sample("bare", sample.image, sample.mask * 0, (), sample.labels)
-    found = protocols.score("native", some_maps(("sky", "water")), bare)
-    assert np.isnan(found.auroc) and bool(found.iou_macro.isnull().all())
-    assert float(found.miou) == 1.0
-
-
-def test_words_are_classes_then_background():
-    sample = PictureBook(1, objects=["sun", "boat"])[0]
-    assert protocols.words("native", sample, background=("sky", "sun")) == ["sun", "boat", "sky"]
-    every = replace(PROTOCOLS["native"], classes="all20", background=("floor",))
-    assert protocols.words(every, sample, ["boat", "tree", "sun"], ["sky"]) == ["boat", "tree", "sun", "floor"]
-
-
-def test_frames_of_a_video_are_scored_together():
-    clip = PictureBookClips(1)[0]
-    maps = noise(0, grid=8)([clip.image], clip.target).isel(image=0)
-    assert maps.sizes["frame"] == 9
-    assert 0.3 < float(protocols.score("chefer", maps, clip).auroc) < 0.7
-    with pytest.raises(EvaluationError, match="3 frames, its mask 9"):
-        protocols.score("native", maps.isel(frame=slice(3)), clip)
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"order": "later"}, "order='later'; choose one of 'upsample, threshold'"),
-        ({"thresholds": ()}, "give one or more"),
-        ({"thresholds": (50,)}, "numbers in 0..1"),
-        ({"order": "threshold, upsample"}, "enlarged by 'nearest'"),
-        ({"background": "sky"}, "a tuple of words"),
-        ({"mask_size": 0}, "1 pixel or more"),
-    ],
-)
-def test_protocols_that_do_not_exist(fields, said):
-    with pytest.raises(EvaluationError, match=said):
-        Protocol("mine", **fields)
-
-
-def test_maps_that_are_not_of_the_picture():
-    with pytest.raises(EvaluationError, match="no map of 'boat', which the picture shows; there are sun, sky"):
-        protocols.score("native", some_maps(("sun", "sky")), a_sample())
-    with pytest.raises(EvaluationError, match="'layer': 2"):
-        protocols.score("native", some_maps().expand_dims(layer=2), a_sample())
-    with pytest.raises(EvaluationError, match="use chefer, paper, native"):
-        protocols.score("nativ", some_maps(), a_sample())
-
-
-# --- runs
-
+from dit_probe import protocols
+from dit_probe.datasets.segmentation import Part, PictureBook, Sample
+from dit_probe.evaluation import EvaluationWarning, evaluate, plan
+from dit_probe.methods import centre_gaussian, constant, image_saliency, noise
+from dit_probe.protocols import EvaluationError
 
 TRIVIAL = {"noise": noise(1), "constant": constant(), "centre": centre_gaussian(), "saliency": image_saliency()}
 
 
-class Interrupting:
-    """Noise until the third image, at which somebody presses Ctrl-C, once."""
+class Counting:
+    """Noise that counts its calls; somebody presses Ctrl-C at one of them."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, stop_at: int = 0) -> None:
+        self.calls, self.stop_at = 0, stop_at
 
     def __call__(self, images, concepts):
         self.calls += 1
-        if self.calls == 3:
+        if self.calls == self.stop_at:
             raise KeyboardInterrupt
         return noise(2)(images, concepts)
 
     def describe(self) -> str:
         return "noise, sometimes"
+
+
+class Bare:
+    """Samples without `names`, in the way a user's own data set may come."""
+
+    name, vocabulary, background, fingerprint = "bare", ("sun", "boat"), (), "sha256:0"
+
+    def __init__(self, *samples: Sample) -> None:
+        self.samples, self.read = samples, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        self.read += 1
+        return self.samples[index]
+
+
+def run(methods, data, **options) -> xr.Dataset:
+    return evaluate(methods, data, progress=False, **options)
 
 
 def same(a: xr.Dataset, b: xr.Dataset) -> None:
@@ -232,50 +64,141 @@ def same(a: xr.Dataset, b: xr.Dataset) -> None:
 
 
 def test_interrupted_and_rerun_is_the_same_as_straight(tmp_path):
-    data, method = PictureBook(5), Interrupting()
+    data, method, store = PictureBook(5), Counting(stop_at=3), tmp_path / "run.zarr"
     methods = {"constant": constant(), "noise": method}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(methods, data, store=tmp_path / "run.zarr", progress=False)
-    half = xr.open_zarr(tmp_path / "run.zarr")
+        run(methods, data, store=store)
+    half = xr.open_zarr(store)
     assert half.scored.values.sum(1).tolist() == [2, 2]
-    resumed = evaluate(methods, data, store=tmp_path / "run.zarr", progress=False)
+    resumed = run(methods, data, store=store)
     assert method.calls == 3 + 3
-    same(resumed, evaluate(methods, data, progress=False))
-    again = evaluate(methods, data, store=tmp_path / "run.zarr", progress=False)
+    same(resumed, run(methods, data))
+    again = run(methods, data, store=store)
     assert method.calls == 3 + 3 + 5
     same(resumed, again)
-    stored = xr.open_zarr(tmp_path / "run.zarr").load()
+    stored = xr.open_zarr(store).load()
     assert stored.image.values.tolist() == resumed.image.values.tolist()
     np.testing.assert_array_equal(stored.iou_macro, resumed.iou_macro)
     assert stored.iou_macro.dims == ("method", "image", "threshold")
 
 
-def test_a_limit_may_be_raised_later(tmp_path):
-    data, store = PictureBook(4), tmp_path / "run.zarr"
-    assert evaluate(TRIVIAL, data, store=store, progress=False, limit=2).sizes["image"] == 2
-    same(evaluate(TRIVIAL, data, store=store, progress=False), evaluate(TRIVIAL, data, progress=False))
+def test_what_was_being_written_at_the_interruption_is_no_number(tmp_path):
+    data, store = PictureBook(2), tmp_path / "run.zarr"
+    second = data[1].image.tobytes()
+
+    def method(images, concepts):
+        if images[0].tobytes() == second:
+            raise RuntimeError("out of memory")
+        return noise(0)(images, concepts)
+
+    run({"it": method}, data, store=store, limit=1)
+    auroc: Any = zarr.open_group(store, mode="r+")["auroc"]
+    auroc[0, 1] = 0.9
+    with pytest.warns(EvaluationWarning, match="it: 1 of 2"):
+        found = run({"it": method}, data, store=store)
+    assert found.auroc.notnull().values.tolist() == [[True, False]]
+
+
+def test_a_limit_may_be_raised_later_and_lowered(tmp_path):
+    data, store, counting = PictureBook(4), tmp_path / "run.zarr", Counting()
+    methods = {"counting": counting}
+    assert run(methods, data, store=store, limit=2).sizes["image"] == 2
+    same(run(methods, data, store=store), run({"counting": Counting()}, data))
+    same(run(methods, data, store=store, limit=3), run({"counting": Counting()}, data, limit=3))
+    assert run(methods, data, store=store, limit=9).sizes["image"] == 4
+    assert counting.calls == 4
+
+
+def test_a_store_takes_more_methods(tmp_path):
+    data, store, old = PictureBook(4), tmp_path / "run.zarr", Counting()
+    run({"old": old, "constant": constant()}, data, store=store, limit=3)
+    more = {"centre": centre_gaussian(), "old": old, "saliency": image_saliency(), "constant": constant()}
+    grown = run(more, data, store=store)
+    assert old.calls == 4  # once for every image
+    same(grown, run({**more, "old": Counting()}, data))
+    stored = xr.open_zarr(store).load()
+    assert stored["method"].values.tolist() == ["old", "constant", "centre", "saliency"]
+    assert list(json.loads(stored.attrs["methods"])) == stored["method"].values.tolist()
+    for name in ("auroc", "counts", "intersection", "failed", "scored"):
+        if name in grown:
+            np.testing.assert_array_equal(stored[name].sel({"method": list(more)}), grown[name])
+    assert stored.scored.all()
+
+
+def test_a_run_with_some_of_the_methods_leaves_the_others(tmp_path):
+    data, store, other = PictureBook(3), tmp_path / "run.zarr", Counting()
+    run({"constant": constant(), "other": other}, data, store=store, limit=1)
+    found = run({"other": other}, data, store=store)
+    assert (other.calls, found["method"].values.tolist()) == (3, ["other"])
+    stored = xr.open_zarr(store).load()
+    assert stored.scored.values.tolist() == [[True, False, False], [True, True, True]]
+    assert stored.auroc.notnull().values.tolist() == stored.scored.values.tolist()
+
+
+def test_an_added_method_may_be_interrupted(tmp_path):
+    data, store, added = PictureBook(4), tmp_path / "run.zarr", Counting(stop_at=3)
+    methods = {"constant": constant()}
+    first = run(methods, data, store=store)
+    with pytest.raises(KeyboardInterrupt):
+        run(methods | {"added": added}, data, store=store)
+    same(run(methods, data, store=store), first)
+    same(run(methods | {"added": added}, data, store=store), run(methods | {"added": Counting()}, data))
+    assert added.calls == 3 + 2
+
+
+@pytest.mark.parametrize("place", ["resize", "names", "lengths", "attributes"])
+def test_stopped_while_room_is_made_for_more_methods(tmp_path, monkeypatch, place):
+    data, store, methods = PictureBook(2), tmp_path / "run.zarr", {"noise": noise(1)}
+    first = run(methods, data, store=store)
+    calls = []
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def stop_at_the_third(array, shape, resize=zarr.Array.resize):
+        calls.append(shape)
+        return stop() if len(calls) == 3 else resize(array, shape)
+
+    target, function = {
+        "resize": ("zarr.Array.resize", stop_at_the_third),
+        "names": ("zarr.Array.__setitem__", stop),
+        "lengths": ("dit_probe.store.location.commit", stop),
+        "attributes": ("zarr.Group.update_attributes", stop),
+    }[place]
+    with monkeypatch.context() as patched:
+        patched.setattr(target, function)
+        with pytest.raises(KeyboardInterrupt):
+            run(methods | {"lost": constant(), "too": constant()}, data, store=store)
+    seen = xr.open_zarr(store).load()
+    np.testing.assert_array_equal(seen.auroc.sel({"method": ["noise"]}), first.auroc)
+    assert seen.scored.sum() == 2
+    same(run(methods, data, store=store), first)
+    more = methods | {"centre": centre_gaussian()}
+    same(run(more, data, store=store), run(more, data))
+    stored = xr.open_zarr(store).load()
+    assert stored["method"].values.tolist() == list(more) and stored.scored.all()
 
 
 def test_a_store_of_something_else_is_refused(tmp_path):
     store, data = tmp_path / "run.zarr", PictureBook(2)
     methods = {"noise": noise(1), "constant": constant()}
-    first = evaluate(methods, data, store=store, progress=False)
-    for change, said in (
+    first = run(methods, data, store=store)
+    given: dict[str, Any] = {"methods": methods, "dataset": data, "store": store, "progress": False}
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dataset": PictureBook(2, seed=3)}, "dataset fingerprint: sha256"),
+        ({"dataset": Part(data, [0, 1], "part")}, "dataset name: picture-book-scenes-1 in the store, part now"),
         ({"protocol": "paper"}, "protocol name: native in the store, paper now"),
         ({"concepts": ["sky"]}, "protocol background"),
-        (
-            {"methods": {"noise": noise(2), "constant": constant()}},
-            "methods noise: noise.seed=1, grid=64. in the store",
-        ),
-        ({"methods": {"noise": noise(1)}}, "methods constant: .* in the store, none now"),
-        ({"methods": dict(reversed(methods.items()))}, "in another order now"),
-    ):
+        ({"methods": {"noise": noise(2), "more": noise(3)}}, "methods noise: noise.seed=1, grid=64. in the store"),
+    )
+    for change, said in changes:
         with pytest.raises(EvaluationError, match=said):
-            evaluate(**{"methods": methods, "dataset": data, "store": store, "progress": False} | change)
-    same(evaluate(methods, data, store=store, progress=False), first)
-    over = evaluate(methods, PictureBook(3, seed=3), store=store, resume=False, progress=False)
-    assert over.sizes["image"] == 3
+            evaluate(**given | change)
+    same(run(methods, data, store=store), first)
+    assert run(methods, PictureBook(3, seed=3), store=store, resume=False).sizes["image"] == 3
+    del zarr.open_group(store, mode="r+")["auroc"]
+    with pytest.raises(EvaluationError, match="auroc: none in the store"):
+        run(methods, PictureBook(3, seed=3), store=store)
 
 
 def test_what_is_no_evaluation_is_not_overwritten(tmp_path):
@@ -283,9 +206,33 @@ def test_what_is_no_evaluation_is_not_overwritten(tmp_path):
     (tmp_path / "notes" / "a.txt").write_text("mine")
     for resume in (True, False):
         with pytest.raises(EvaluationError, match=r"a directory that holds a\.txt"):
-            evaluate(TRIVIAL, PictureBook(1), store=tmp_path / "notes", resume=resume, progress=False)
+            run(TRIVIAL, PictureBook(1), store=tmp_path / "notes", resume=resume)
     with pytest.raises(EvaluationError, match="nothing to evaluate"):
-        evaluate({}, PictureBook(1))
+        run({}, PictureBook(1))
+    with pytest.raises(EvaluationError, match="0 of 1 images: there is nothing"):
+        run(TRIVIAL, PictureBook(1), limit=0)
+    with pytest.raises(EvaluationError, match=r"concepts='sky' is a string; give a list of words, \['sky'\]"):
+        run(TRIVIAL, PictureBook(1), concepts="sky")
+
+
+def test_two_samples_of_one_name_are_refused():
+    counting, sample = Counting(), PictureBook(1)[0]
+    data = PictureBook(3)
+    data._names = ("a", "b", "a")
+    with pytest.raises(EvaluationError, match="two samples are named 'a'"):
+        run({"it": counting}, data)
+    assert counting.calls == 0  # the names are known beforehand
+    with pytest.raises(EvaluationError, match="bare: two samples are named 'scene/00000'"):
+        run({"it": counting}, Bare(sample, sample))
+
+
+def test_a_picture_without_words_is_undefined_and_no_failure():
+    sample, counting = PictureBook(1)[0], Counting()
+    bare = Bare(replace(sample, name="bare", mask=sample.mask * 0, target=()), sample)
+    found = run({"constant": constant(), "it": counting}, bare)
+    assert counting.calls == 1 and (found.failed == "").all()
+    assert found.auroc.notnull().values.tolist() == [[False, True]] * 2
+    assert found.counts.isel(image=0).isnull().all() and found.target.values[0] == ""
 
 
 def test_failures_have_a_reason_and_no_number(tmp_path):
@@ -308,7 +255,7 @@ def test_failures_have_a_reason_and_no_number(tmp_path):
 
     methods = {"raises": raises, "NaN": with_nan, "bare": bare, "fewer": fewer, "fine": noise(0)}
     with pytest.warns(EvaluationWarning, match=r"raises: 1 of 3, first scene/00001: RuntimeError: out of memory"):
-        found = evaluate(methods, data, store=tmp_path / "run.zarr", progress=False)
+        found = run(methods, data, store=tmp_path / "run.zarr")
     assert found.failed.sel({"method": "raises"}).values.tolist() == ["", "RuntimeError: out of memory", ""]
     assert "NaN or infinity" in str(found.failed.sel({"method": "NaN"}).values[0])
     assert "found ndarray, expected a DataArray (image" in str(found.failed.sel({"method": "bare"}).values[0])
@@ -317,17 +264,16 @@ def test_failures_have_a_reason_and_no_number(tmp_path):
         assert bool(found[name].sel({"method": ["NaN", "bare", "fewer"]}).isnull().all()), name
         assert bool(found[name].sel({"method": "raises"}).isel(image=1).isnull().all()), name
     assert found.auroc.sel({"method": "fine"}).notnull().all()
-    assert summarise(found)["undefined"].sel({"method": "raises", "metric": "auroc"}) == 1
 
     healed.append(True)  # a failure is tried again
     with pytest.warns(EvaluationWarning, match="NaN: 3 of 3"):
-        again = evaluate(methods, data, store=tmp_path / "run.zarr", progress=False)
+        again = run(methods, data, store=tmp_path / "run.zarr")
     np.testing.assert_array_equal(again.auroc.sel({"method": "raises"}), again.auroc.sel({"method": "fine"}))
 
 
 def test_what_was_run_stands_in_the_result():
     data = PictureBook(1)
-    found = evaluate(TRIVIAL, data, "paper", progress=False)
+    found = run(TRIVIAL, data, protocol="paper")
     assert json.loads(found.attrs["dataset"]) == {
         "name": "picture-book-scenes-1",
         "fingerprint": data.fingerprint,
@@ -339,94 +285,81 @@ def test_what_was_run_stands_in_the_result():
     assert found.target.values.tolist() == [", ".join(data[0].target)]
 
 
-def test_maps_that_look_at_nothing_are_at_chance():
-    found = evaluate(TRIVIAL, PictureBook(30), progress=False)
-    assert (found.auroc.sel({"method": "constant"}) == 0.5).all()
-    shares = [np.mean([(s.mask == s.labels[w]).mean() for w in s.target]) for s in PictureBook(30)]
-    np.testing.assert_allclose(found.ap.sel({"method": "constant"}), shares)
-    means = summarise(found)
-    row = means.sel({"metric": "auroc", "method": "noise"})
-    assert float(row.low) < 0.5 < float(row.high) and float(row.high - row.low) < 0.03
-    assert float(means["mean"].sel({"metric": "auroc", "method": "saliency"})) > 0.55
-    # one map for all words says nothing about which class a pixel is of
-    assert found.miou.sel({"method": ["constant", "centre", "saliency"]}).isnull().all()
-    assert found.miou.sel({"method": "noise"}).notnull().all()
+# --- the price
 
 
-def test_noise_depends_on_the_picture_and_not_on_the_order():
-    images = [PictureBook(2)[at].image for at in (0, 1)]
-    both, other = noise(0)(images, ["a", "b"]), noise(0)(images[::-1], ["a", "b"])
-    np.testing.assert_array_equal(both, other[::-1])
-    assert not np.array_equal(both[0], both[1]) and not np.array_equal(both[:, 0], both[:, 1])
+class Clock:
+    """Stands still unless something is said to take time."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("dit_probe.evaluation.pricing.perf_counter", lambda: self.now)
+
+    def taking(self, seconds, method):
+        """The method, whose calls take these seconds, the last of them ever after."""
+
+        def slow(images, concepts):
+            self.now += seconds.pop(0) if len(seconds) > 1 else seconds[0]
+            return method(images, concepts)
+
+        return slow
 
 
-# --- models
+class Slow(PictureBook):
+    """Pictures that take 5 ms to read."""
+
+    clock: Clock
+
+    def _read(self, position: int) -> Sample:
+        assert position < 4, "the price is measured on the first pictures"
+        self.clock.now += 0.005
+        return super()._read(position)
 
 
-def test_concept_attention_gives_what_tracing_gives():
-    pipe = tiny_pipeline("flux")
-    images, words = [np.full((16, 16, 3), 90, np.uint8), np.full((16, 16, 3), 10, np.uint8)], ["sun", "sky"]
-    method = concept_attention(pipe, size=16, layers=[0, -1], timestep=300, seed=4)
-    maps = method(images, words)
-    with dp.trace(pipe, dp.Probe(words, record=["o_x", "o_c"]), progress=False) as run:
-        dp.encode(pipe, images[1], "a sun", timestep=300, seed=4)
-    layers = run.dataset.layer.values[[0, -1]].tolist()
-    expected = dp.maps.saliency(run.dataset, layers=layers)
-    assert maps.dims == ("image", "concept", "y", "x")
-    np.testing.assert_allclose(maps[1], expected[0], atol=1e-5)
+@pytest.mark.parametrize("images", [930, 4276])
+def test_the_price_of_a_run(monkeypatch, images):
+    clock = Clock(monkeypatch)
+
+    def broken(pictures, concepts):
+        raise RuntimeError("out of memory")
+
+    data = Slow(images)
+    data.clock = clock
+    methods = {
+        "model": clock.taking([3.0, 0.021, 0.5, 0.02], noise(0)),
+        "centre": clock.taking([0.001], centre_gaussian()),
+        "broken": broken,
+    }
+    price = plan(methods, data, images=4)
+    assert (price.images, price.measured) == (images, 4)
+    assert price.first == pytest.approx({"model": 3.0, "centre": 0.001, "broken": 0})
+    assert price.later == pytest.approx({"model": 0.021, "centre": 0.001, "broken": 0})
+    assert price.rest == pytest.approx(0.005)
+    assert price.total == pytest.approx(3 + 0.021 * (images - 1) + images * 0.006)
+    assert price.failed == {"broken": "RuntimeError: out of memory"}
+    lines = str(price).splitlines()
+    assert lines[0] == f"{images} images of picture-book-scenes-1, from the first 4"
+    assert lines[2].split("  ")[-1].strip() == {930: "23 s", 4276: "93 s"}[images]
+    assert lines[6].split() == ["(the", "run)", *{930: ("28", "s"), 4276: ("118", "s")}[images]]
+    assert lines[-1] == "failed: broken, RuntimeError: out of memory"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"space": "value"}, {"space": "cross", "direction": "concept_to_image"}, {"softmax": None}, {"softmax": "after"}],
-)
-def test_every_ablation_is_a_method(options, pipelines):
-    method = concept_attention(pipelines("flux"), size=16, **options)
-    found = evaluate({"it": method}, PictureBook(2), progress=False)
-    assert found.auroc.notnull().all()
+def test_the_only_call_stands_for_all(monkeypatch):
+    clock = Clock(monkeypatch)
+    price = plan({"it": clock.taking([7200.0, 1], constant())}, PictureBook(10), images=1)
+    assert price.seconds("it") == 72_000 and "20 h 0 min" in str(price)
+    with pytest.raises(EvaluationError, match="0 of 10 images"):
+        plan({"it": constant()}, PictureBook(10), images=0)
 
 
-def test_pictures_of_different_sizes(pipelines):
-    images = [np.zeros((16, 16, 3), np.uint8), np.zeros((24, 16, 3), np.uint8), np.full((16, 16, 3), 9, np.uint8)]
-    assert concept_attention(pipelines("flux"), size=16)(images, ["sun", "sky"]).sizes["image"] == 3
-    method = replace(concept_attention(pipelines("flux")), size=None)
-    assert method(images[::2], ["sun", "sky"]).sizes["y"] == 4
-    with pytest.raises(EvaluationError, match="different grids: give size="):
-        method(images, ["sun", "sky"])
-
-
-def test_a_video_has_a_map_for_every_frame():
-    clip = PictureBookClips(1)[0]
-    method = concept_attention(tiny_pipeline("cogvideox"))
-    assert method([clip.image], ["boat", "water"]).sizes["frame"] == 9
-
-
-def test_the_twin_has_other_weights_and_is_told_apart():
-    pipe = dp.demo.load("flux-picturebook")
-    twins = [random_twin(pipe, seed) for seed in (0, 0, 1)]
-    methods = [concept_attention(model, max_sequence_length=32) for model in (pipe, *twins)]
-    assert len({method.describe() for method in methods}) == 3
-    assert methods[1].describe() == methods[2].describe() and methods[1].size == 64
-    found = evaluate({"trained": methods[0], "twin": methods[1]}, PictureBook(2, seed=7), progress=False)
-    assert found.auroc.notnull().all() and (found.auroc[0] != found.auroc[1]).all()
-    trained, twin = (part.transformer.state_dict() for part in (pipe, twins[0]))
-    assert {name: value.shape for name, value in trained.items()} == {name: v.shape for name, v in twin.items()}
-
-
-# --- tables
-
-
-def test_tables():
-    found = summarise(evaluate(TRIVIAL, PictureBook(4), progress=False))
-    assert found["mean"].dims == ("method", "metric")
-    assert {"auroc", "iou_macro, otsu", "miou"} <= set(found.metric.values.tolist())
-    text = table(found.sel(metric=["auroc", "miou"]))
-    lines = text.splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(TRIVIAL)
-    assert "undefined" in lines[3]
-    rows = table(found, "csv").splitlines()
-    assert rows[0] == "method,metric,mean,low,high,n,undefined" and len(rows) == 1 + found["mean"].size
-    with pytest.raises(EvaluationError, match="choose markdown or csv"):
-        table(found, "html")  # type: ignore[arg-type]
-    with pytest.raises(EvaluationError, match="no metric"):
-        summarise(xr.Dataset({"speed": ("image", [1.0])}))
+def test_a_store_is_no_larger_than_its_price(tmp_path):
+    data = PictureBook(66)
+    price = plan(TRIVIAL, data)
+    run(TRIVIAL, data, store=tmp_path / "run.zarr", limit=5)
+    group = zarr.open_group(tmp_path / "run.zarr", mode="r+")
+    for _, array in group.arrays():
+        if array.dtype.kind == "f":  # what compresses worst
+            array[...] = np.random.default_rng(0).normal(size=array.shape)
+    files = [path for path in Path(tmp_path).rglob("*") if path.is_file() and path.name != "zarr.json"]
+    assert 0.3 * price.nbytes < sum(path.stat().st_size for path in files) < price.nbytes
+    assert price.memory > 0

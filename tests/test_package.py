@@ -27,10 +27,12 @@ FLOW = (
     ("recording", "tracing", "edit", "encoding"),
     ("selection",),
     ("maps",),
+    ("rows",),
     ("metrics", "statistics"),
     ("panels", "figures"),
     ("report",),
     ("datasets", "demo", "loading", "explore", "interop", "testing", "verification"),
+    ("picture_metrics",),
     ("protocols",),
     ("methods",),
     ("evaluation", "summary"),
@@ -38,7 +40,7 @@ FLOW = (
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
-OFFLINE = ("selection", "maps", "metrics", "statistics", "panels", "figures", "report")
+OFFLINE = ("selection", "maps", "rows", "metrics", "statistics", "panels", "figures", "report")
 OFFLINE_MAY_IMPORT = {*OFFLINE, "errors", "schema", "store"}
 MODEL_LIBRARIES = {"torch", "diffusers", "transformers"}
 HEAVY = ("diffusers", "transformers", "plotly", "nnsight", "transformer_lens")

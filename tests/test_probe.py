@@ -114,3 +114,21 @@ def test_observations_of_a_probe_of_ones_own():
         tiny.transformer(**tiny.inputs)
     ds = run.dataset.load()
     assert float(abs(ds.norm - (ds.o_x**2).sum("head_dim") ** 0.5).max()) < 1e-5
+
+
+def test_what_an_observation_needs_is_seen_even_if_nothing_records_it():
+    class Unrotated(dp.Probe):
+        observes = {"norm": ("image_token", "head")}  # noqa: RUF012
+        needs = ("q_x_unrotated",)
+
+        def observe(self, block, activations):
+            return {"norm": activations["q_x_unrotated"].norm(dim=-1)}
+
+    tiny = testing.tiny_model("flux")
+    found = []
+    for probes in (Unrotated(), Unrotated() | dp.Probe(record=["q_x_unrotated"])):
+        with torch.no_grad(), dp.trace(tiny.transformer, probes, progress=False) as run:
+            tiny.transformer(**tiny.inputs)
+        found.append(run.dataset.load())
+    alone, beside = found
+    assert float(abs(alone.norm - (beside.q_x_unrotated**2).sum("head_dim") ** 0.5).max()) < 1e-5

@@ -10,10 +10,11 @@ import hashlib
 import operator
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -186,6 +187,96 @@ class Reader(ABC):
                 f"{self.root} is not what was meant: its checksum is {found}, expected {wanted}. Get the files once "
                 "more; if these are the right ones, give their checksum"
             )
+
+
+class Part:
+    """Some samples of a data set, as a data set: read when asked for, with words as in the whole.
+
+    Args:
+        dataset: the whole, a reader or anything that has what `Dataset` lists.
+        indices: of the samples in it, each once; they keep this order. Negative ones count from the end.
+        name: of the part.
+
+    Raises:
+        DatasetError: an index that the whole does not have, or has twice here.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> part = Part(PictureBook(100), range(20), "the first 20")
+        >>> len(part), part[-1].name
+        (20, 'scene/00019')
+    """
+
+    def __init__(self, dataset: Dataset, indices: Iterable[int], name: str) -> None:
+        self.dataset, self.name = dataset, name
+        self.vocabulary, self.background = dataset.vocabulary, dataset.background
+        count = len(dataset)
+        self.indices = tuple(index + count if index < 0 else index for index in indices)
+        times = Counter(self.indices)
+        if wrong := [str(index) for index, found in times.items() if found > 1 or not 0 <= index < count]:
+            raise DatasetError(
+                f"{name}: found the indices {some(wrong)}, which {dataset.name} does not have or which stand here more "
+                f"than once: give each of 0 to {count - 1} once at most"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the samples; an AttributeError where the whole has no names without reading."""
+        whole: Any = self.dataset
+        return tuple(whole.names[index] for index in self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the fingerprint of the whole and the indices."""
+        return "sha256:" + hashlib.sha256(f"{self.dataset.fingerprint}\n{self.indices}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.dataset[self.indices[index]]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.dataset[index] for index in self.indices)
+
+
+def split(dataset: Dataset, share: float = 0.1, seed: int = 0) -> tuple[Part, Part]:
+    """Two disjoint parts: one to choose layers, timesteps and thresholds on, one to report numbers of.
+
+    What is chosen and reported on the same pictures is too good. A sample goes to the first part if a hash of seed and
+    name is below `share`: it stays there in another order, a longer data set or a part of it. The parts come close to
+    the shares and do not meet them.
+
+    Args:
+        dataset: a reader; or anything that has what `Dataset` lists, whose samples are told apart by ``names`` and,
+            where it has none, by index.
+        share: of the samples to choose on, between 0 and 1.
+        seed: another one gives another split.
+
+    Returns:
+        The part to choose on, named "…-choosing", and the one to report, "…-reported".
+
+    Raises:
+        DatasetError: a share out of range, or a part without samples.
+
+    Example:
+        >>> from dit_probe.datasets.segmentation import PictureBook
+        >>> choosing, reported = split(PictureBook(1000))
+        >>> len(choosing), len(reported), reported.name
+        (106, 894, 'picture-book-scenes-1-reported')
+    """
+    if not 0 < share < 1:
+        raise DatasetError(f"share={share} of {dataset.name}: give a number between 0 and 1, such as 0.1")
+    names = getattr(dataset, "names", None) or range(len(dataset))
+    digests = [hashlib.sha256(f"{seed}\n{name}".encode()).digest() for name in names]
+    chosen = [int.from_bytes(digest[:8], "big") < share * 2**64 for digest in digests]
+    if len(set(chosen)) < 2:
+        raise DatasetError(
+            f"share={share}, seed={seed} leave all {len(dataset)} samples of {dataset.name} in one part: use more "
+            "samples, or another share or seed"
+        )
+    first, second = ([at for at, found in enumerate(chosen) if found is kept] for kept in (True, False))
+    return Part(dataset, first, f"{dataset.name}-choosing"), Part(dataset, second, f"{dataset.name}-reported")
 
 
 def _relative(path: Path, root: Path | None) -> str:

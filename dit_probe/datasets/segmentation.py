@@ -32,7 +32,9 @@ from dit_probe.datasets.image_folders import PascalVOC as PascalVOC
 from dit_probe.datasets.samples import VOID as VOID
 from dit_probe.datasets.samples import Dataset as Dataset
 from dit_probe.datasets.samples import DatasetError, Reader, Sample, same_size, some, to_labels
+from dit_probe.datasets.samples import Part as Part
 from dit_probe.datasets.samples import masks as masks
+from dit_probe.datasets.samples import split as split
 from dit_probe.datasets.samples import valid as valid
 from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, scene
 

@@ -1,54 +1,35 @@
-"""``dit-probe …``: the main jobs from a shell. Heavy libraries are imported by the command that needs them."""
+"""Commands that trace: demo, trace, maps, info, plan, verify, models, probes."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from dit_probe import schema
-from dit_probe.errors import ConceptError, DitProbeError, ProbeError
+from dit_probe.cli.shared import (
+    DEMO_MODEL,
+    Device,
+    Dtype,
+    Model,
+    Offload,
+    app,
+    console,
+    split_numbers,
+    split_words,
+)
+from dit_probe.errors import ConceptError, ProbeError
 
-DEMO_MODEL = "flux-picturebook"
 DEMO_STEPS = 12
-
-
-class Commands(TyperGroup):
-    """Prints a warning in a line and an error of ours as one message, ending with 2; a bug keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
-                return super().invoke(ctx)
-        except DitProbeError as error:
-            Console(stderr=True).print(
-                f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
-            raise typer.Exit(2) from None
-
 
 Keep = Literal["vectors", "scores"]
 Space = Literal["output", "value", "cross"]
 Softmax = Literal["each", "after", "none"]
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="A microscope for multi-modal diffusion transformers.",
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A saved pipeline directory, a hub id or a demo model.")]
 Prompt = Annotated[str, typer.Option(help="What to paint.")]
 Concepts = Annotated[str, typer.Option(help="Words to trace, separated by commas.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
@@ -57,9 +38,6 @@ Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video.")]
 Seed = Annotated[int, typer.Option(help="Of the starting noise.")]
 KeepWhat = Annotated[Keep, typer.Option(help="Vectors, or only scores: a few hundred times smaller.")]
-Device = Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="Torch dtype; bfloat16 on an accelerator, else float32.")]
-Offload = Annotated[bool, typer.Option("--offload", help="Move submodels to the device one at a time.")]
 Append = Annotated[bool, typer.Option("--append", help="Add a sample to the store if it exists.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start the store anew if it exists.")]
 
@@ -91,7 +69,7 @@ def demo(
     if concepts is None and prompt is not None:
         raise ConceptError("no concepts for this prompt. Name some, background included: --concepts fox,snow,forest")
     shown, known = dp.demo.example(model)
-    prompt, words = prompt or shown, _words(concepts) if concepts else list(known)
+    prompt, words = prompt or shown, split_words(concepts) if concepts else list(known)
     page = out.resolve()
     page.parent.mkdir(parents=True, exist_ok=True)
     # The store that the demo names itself is its own to replace.
@@ -128,7 +106,7 @@ def trace(
     """Run a pipeline once and record its concepts into a store; what an interrupted run lacks is completed."""
     from dit_probe.loading import load_pipeline
 
-    probe = _probe(_words(concepts), keep)
+    probe = _probe(split_words(concepts), keep)
     pipe = load_pipeline(model, device, dtype, offload)
     arguments = _arguments(steps, height, width, frames)
     picture = _run(pipe, probe, prompt, seed, arguments, store, "w" if overwrite else "a" if append else None)
@@ -156,8 +134,8 @@ def maps(
         ds,
         space,
         softmax=None if softmax == "none" else softmax,
-        layers=_numbers(layers, "--layers"),
-        steps=_numbers(steps, "--steps"),
+        layers=split_numbers(layers, "--layers"),
+        steps=split_numbers(steps, "--steps"),
         sample=sample,
     )
     out.write_text(page, encoding="utf-8")
@@ -185,7 +163,7 @@ def plan(
     """Price a trace before it runs: variables, dims and bytes."""
     from dit_probe.loading import load_pipeline
 
-    probe = _probe(_words(concepts), keep)
+    probe = _probe(split_words(concepts), keep)
     pipe = load_pipeline(model, device="cpu")
     typer.echo(str(probe.plan(pipe, height=height, width=width, steps=steps, frames=frames)))
 
@@ -230,7 +208,7 @@ def models() -> None:
         worst = f"{len(checked.maxima)}: {max(checked.maxima.values()):.1e}" if checked.maxima else "not measured"
         kinds, versions = " ".join(checked.kinds), ", ".join(checked.versions)
         table.add_row(name, "\n".join(anatomy.classes), kinds, f"q k v o of {concepts}", worst, versions)
-    _console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -243,41 +221,7 @@ def probes() -> None:
         except Exception as error:  # another package's probe must not hide the others
             summary = f"[red]does not load:[/red] {error}"
         table.add_row(point.name, summary, point.value)
-    _console().print(table)
-
-
-def main() -> None:
-    """Entry point of the command ``dit-probe``."""
-    app()
-
-
-def _console() -> Console:
-    """The terminal, or a pipe that is wide enough for a table."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    Console(stderr=True).print(
-        f"{category.__name__}: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
-    )
-
-
-def _words(text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise ConceptError(f"{text!r} names an empty concept. Separate the words by single commas: sun,boat,water")
-    return words
-
-
-def _numbers(text: str | None, option: str) -> list[int] | None:
-    """``3,5-7`` as [3, 5, 6, 7]."""
-    if text is None:
-        return None
-    try:
-        parts = [part.split("-") for part in text.split(",")]
-        return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not like 3,5 or 10-18", param_hint=option) from None
+    console().print(table)
 
 
 def _probe(words: list[str], keep: Keep) -> Any:
@@ -330,4 +274,4 @@ def _print_info(facts: dict[str, Any]) -> None:
     for name, variable in facts["variables"].items():
         labels = [schema.ranges(variable.get(key) or ()) for key in ("layers", "steps")]
         variables.add_row(name, " ".join(variable["dims"]), variable["dtype"], *labels, schema.human(variable["bytes"]))
-    _console().print(run, variables)
+    console().print(run, variables)

@@ -1,0 +1,132 @@
+"""Commands that score maps against masks: evaluate, reproduce."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dit_probe.cli.shared import DEMO_MODEL, Device, Dtype, Offload, app, split_numbers
+
+DEMO_LENGTH = 32
+"""T5 tokens of a prompt for the demo models; other pipelines take their own number."""
+
+Chosen = Annotated[str, typer.Option("--model", help="A saved pipeline directory, a hub id or a demo model.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="gtsegs_ijcv.mat, a folder with VOCdevkit, JPEGImages and Annotations (DAVIS), or images and masks; "
+        "picture-book scenes (or clips) if not given.",
+    ),
+]
+Classes = Annotated[Path | None, typer.Option(help="Of ImageNet-Segmentation: the table of synsets and words.")]
+Rename = Annotated[Path | None, typer.Option(help="Of ImageNet-Segmentation: JSON, names to single words.")]
+Words = Annotated[str | None, typer.Option(help="Of DAVIS and images with masks: a word, or a JSON file of words.")]
+Count = Annotated[int, typer.Option(min=2, help="Pictures, at most; drawn ones: exactly.")]
+
+
+@app.command()
+def evaluate(
+    store: Annotated[str, typer.Argument(help="Where the numbers of every picture go; continued if it is there.")],
+    model: Chosen = DEMO_MODEL,
+    data: Annotated[str | None, typer.Option(help="As for reproduce.")] = None,
+    protocol: Annotated[str, typer.Option(help="chefer, paper, paper_multiclass or native.")] = "native",
+    timestep: Annotated[float, typer.Option(min=0, max=1000, help="Noise level.")] = 500,
+    layers: Annotated[str | None, typer.Option(help="Layers to average, as 3,4 or 10-18; all by default.")] = None,
+    metrics: Annotated[str, typer.Option(help="What to print.")] = "auroc,ap,iou_macro,right_of_two",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many pictures.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Price the run on two pictures and stop.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write all means and intervals here.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Of PascalVOC: single_class, or a list of ids.")] = None,
+    classes: Classes = None,
+    rename: Rename = None,
+    words: Words = None,
+    count: Count = 150,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+) -> None:
+    """Score a model's maps in three spaces, and maps that look at nothing, on pictures with masks."""
+    import dit_probe as dp
+    from dit_probe import evaluation, methods, summary
+    from dit_probe.datasets.opening import open_dataset
+
+    pipe, text = _pipeline(model, device, dtype, offload)
+    opened = open_dataset(data or _drawn(pipe), classes=classes, rename=rename, words=words, subset=subset, count=count)
+    chosen = split_numbers(layers, "--layers")
+    passes, twin = (methods.Passes(p, timestep=timestep, **text) for p in (pipe, methods.random_twin(pipe)))
+    spaces: tuple[Literal["output", "cross", "value"], ...] = ("output", "cross", "value")
+    rows: dict[str, evaluation.Method] = {space: passes.method(space, layers=chosen) for space in spaces}
+    rows["output, random weights"] = twin.method("output", layers=chosen)
+    rows |= {"noise": methods.noise(), "constant": methods.constant()}
+    rows |= {"centre Gaussian": methods.centre_gaussian(), "image saliency": methods.image_saliency()}
+    typer.echo(str(evaluation.plan(rows, opened, protocol)))
+    if plan:
+        return
+    found = summary.summarise(
+        dp.evaluate(rows, opened, protocol, store=store, limit=limit, progress=sys.stderr.isatty())
+    )
+    wanted = [name.strip() for name in metrics.split(",")]
+    names = [name for name in found.metric.values.tolist() if name.partition(",")[0] in wanted]
+    if unknown := set(wanted) - {name.partition(",")[0] for name in names}:
+        known = ", ".join(dict.fromkeys(name.partition(",")[0] for name in found.metric.values.tolist()))
+        raise typer.BadParameter(f"no metric {', '.join(sorted(unknown))}: there are {known}", param_hint="--metrics")
+    typer.echo(summary.table(found.sel(metric=names)))
+    if csv is not None:
+        csv.write_text(summary.table(found, "csv"), encoding="utf-8")
+    typer.echo(f"store  {store}")
+
+
+@app.command()
+def reproduce(
+    studies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY…", help="table1 … table5, figure4, specificity, sanity, sensitivity; paper: the first six."
+        ),
+    ],
+    model: Chosen = DEMO_MODEL,
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Folder of pages, tables and numbers.")] = Path("reproduction"),
+    classes: Classes = None,
+    rename: Rename = None,
+    words: Words = None,
+    count: Count = 120,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+) -> None:
+    """Print the paper's tables with published and measured numbers, and write their pages; continues if interrupted."""
+    from dit_probe import reproduce as reproduction
+
+    pipe, text = _pipeline(model, device, dtype, offload)
+    names = [name for study in studies for name in (tuple(reproduction.STUDIES)[:6] if study == "paper" else (study,))]
+    options: dict[str, Any] = {"classes": classes, "rename": rename, "words": words}
+    places = data or [_drawn(pipe)]
+    single, several = (
+        [reproduction.source(place, several=which, count=count, **options) for place in places]
+        for which in (False, True)
+    )
+    folder = out / Path(model).name
+    setting = reproduction.Setting(pipe, single, several, folder / "numbers", sys.stderr.isatty(), text)
+    for name in dict.fromkeys(names):
+        found = reproduction.reproduce(name, setting)
+        page = found.write(folder)
+        typer.echo(found.markdown() + f"\n\npage   {page.resolve()}\n")
+
+
+def _pipeline(model: str, device: str | None, dtype: str | None, offload: bool) -> tuple[Any, dict[str, Any]]:
+    """A pipeline and what it needs for its prompts."""
+    from dit_probe import demo
+    from dit_probe.loading import load_pipeline
+
+    pipe = load_pipeline(model, device, dtype, offload)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"max_sequence_length": DEMO_LENGTH} if model in demo.names() else {}
+
+
+def _drawn(pipe: Any) -> str:
+    return "picture-book-clips" if hasattr(pipe, "video_processor") else "picture-book"
