@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_probe import demo, errors, figures, maps, schema, store, testing
+    from dit_probe import demo, errors, figures, maps, methods, metrics, schema, store, summary, testing
     from dit_probe.encoding import encode
     from dit_probe.evaluation import evaluate
     from dit_probe.probe import Observation, Probe
@@ -33,9 +33,12 @@ __all__ = [
     "evaluate",
     "figures",
     "maps",
+    "methods",
+    "metrics",
     "open",
     "schema",
     "store",
+    "summary",
     "testing",
     "trace",
     "verify",

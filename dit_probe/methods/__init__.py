@@ -12,8 +12,10 @@ Each is a callable ``(images, concepts) -> maps``: ([frame,] y, x, 3) uint8 arra
 | `random_twin`, `randomised` | pipelines that have not learned anything, or not all |
 | `shuffled` | a method under the wrong words |
 | `similarity` | how alike the maps of two methods are |
+| `Baseline` | what other people's methods derive from: scores with every native axis, and a map |
 """
 
+from dit_probe.methods.baseline import Baseline
 from dit_probe.methods.passes import Passes, PipelineMaps, concept_attention
 from dit_probe.methods.published import (
     REFERENCE_BACKGROUND,
@@ -29,6 +31,7 @@ __all__ = [
     "GRID",
     "REFERENCE_BACKGROUND",
     "REFERENCE_VOC_BACKGROUND",
+    "Baseline",
     "Passes",
     "PipelineMaps",
     "Reference",
