@@ -163,6 +163,7 @@ def main() -> None:
         parts += [f"## {title}", markdown(build(models))]
     options.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     sections = [
+        Section("What holds here", code=statement(models)),
         Section("Layers (Figure 4, left)", "Softmax over concepts, timestep 500.", [curves(models, "layer")]),
         Section("Timesteps (Figure 4, right)", "All layers, softmax.", [curves(models, "timestep")]),
         *(Section(title, code=markdown(build(models))) for title, build in titles.items()),

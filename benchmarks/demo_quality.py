@@ -338,7 +338,7 @@ def evaluate(pipe: Any, count: int, video: bool) -> dict[str, Any]:
         for which in (True, False)
         for row in table(by_time[MAIN].sel(layer="mean").isel(sample=np.flatnonzero(unseen == which)))
     ]
-    grid = (3, 8, 8) if video else (16, 16)
+    grid = (5, 8, 8) if video else (16, 16)
     found = {
         "chosen": chosen,
         "trained": table(trained),

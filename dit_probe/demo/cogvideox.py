@@ -11,8 +11,8 @@ from dit_probe.demo.denoiser import Denoiser, Texts, on_cpu, to_bytes
 from dit_probe.demo.text import T5_WIDTH, VIDEO_WORDS, t5_tokenizer
 from dit_probe.demo.video_autoencoder import FACTOR, FRAMES, LATENT_CHANNELS, SIZE
 
-GRID = SIZE // FACTOR
-"""Image tokens along each side of a frame."""
+PATCH = 2
+"""Latents a token, along each side."""
 
 
 class CogVideoXDenoiser(Denoiser):
@@ -28,10 +28,10 @@ class CogVideoXDenoiser(Denoiser):
             time_embed_dim=96,
             text_embed_dim=T5_WIDTH,
             num_layers=8,
-            sample_width=GRID,
-            sample_height=GRID,
+            sample_width=SIZE // FACTOR,
+            sample_height=SIZE // FACTOR,
             sample_frames=FRAMES,
-            patch_size=1,
+            patch_size=PATCH,
             temporal_compression_ratio=FACTOR,
             use_rotary_positional_embeddings=True,
         )
@@ -70,7 +70,7 @@ class CogVideoXDenoiser(Denoiser):
         return {"encoder_hidden_states": self.prompt(captions, length)}
 
     def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
-        frames, height, width = latents.shape[1], *latents.shape[-2:]
+        frames, height, width = latents.shape[1], *(side // PATCH for side in latents.shape[-2:])
         rotary = get_3d_rotary_pos_embed(
             embed_dim=self.transformer.config.attention_head_dim,
             crops_coords=((0, 0), (height, width)),

@@ -128,8 +128,9 @@ def encode_scenes(vae: AutoencoderKL, images: np.ndarray, device: str) -> Latent
 
 
 def encode_clips(vae: AutoencoderKLCogVideoX, clips: np.ndarray, device: str) -> Latents:
-    """Latents of clips, which have one resolution."""
-    return {"fine": video_autoencoder.encode(vae, clips, device)}
+    """Latents of clips, and of their first frames, which are pictures to the causal autoencoder."""
+    latents = video_autoencoder.encode(vae, clips, device)
+    return {"fine": latents, "coarse": latents[:, :1]}
 
 
 SCENES = Source(

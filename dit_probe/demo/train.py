@@ -1,10 +1,10 @@
 """Train a demo model from nothing: `python -m dit_probe.demo.train flux-picturebook`.
 
-Scenes are drawn, an autoencoder is trained on them, and then the transformer with both text encoders on the latents
-by rectified flow, first on 8 x 8 tokens (the scenes at half resolution, tokens at the same coordinates: three times
-as many steps an hour) and then on 16 x 16. Most batches hold captions of one length, so that no pads stand between the
-nouns and the image; the others have pads as the stock pipelines add them. No loss ever sees a mask. On a GPU if there
-is one.
+Scenes or clips are drawn, an autoencoder is trained on them, and then the transformer with its text encoders on the
+latents: by rectified flow, of clips by diffusion. First on 8 x 8 tokens (the scenes at half resolution, tokens at the
+same coordinates; of clips the first frame: three times as many steps an hour), then on all. Most batches hold captions
+of one length, so that no pads stand between the nouns and the image; the others have pads as the stock pipelines add
+them. No loss ever sees a mask. On a GPU if there is one.
 
 The learning rate follows the share of the budget that is used up. With `--steps` the budget is steps and a run repeats
 exactly on the same machine; with `--minutes` it is minutes of training, for machines that are shared: the schedule then
@@ -60,7 +60,7 @@ class Recipe:
         samples: How many seeds; those that draw a held-out combination give none.
         autoencoder_steps: Optimiser steps of the autoencoder.
         steps: Optimiser steps of the transformer.
-        coarse: Share of the budget spent at half resolution.
+        coarse: Share of the budget spent at half resolution; of clips, on first frames.
         batch: Samples a step.
     """
 
@@ -76,7 +76,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "flux-picturebook": Recipe(FluxDenoiser),
     "sd35-picturebook": Recipe(SD3Denoiser),
-    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=2000, coarse=0.0, batch=16),
+    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=1500, coarse=0.5, batch=16),
 }
 
 

@@ -1,6 +1,7 @@
-"""The video model's causal autoencoder: a stock `AutoencoderKLCogVideoX`, factor 4 in time and space, trained on clips.
+"""The video model's causal autoencoder: a stock `AutoencoderKLCogVideoX`, factor 2 in time and space, trained on clips.
 
 Trained, not built by hand: its blocks norm and bend what they pass on, so that no weights make it an exact codec.
+Factor 4 with 16 channels was tried first: after 1,500 steps moving objects were smears (root mean square error 0.17).
 """
 
 import numpy as np
@@ -12,23 +13,23 @@ from dit_probe.demo.autoencoder import fit
 
 SIZE, FRAMES = 32, 9
 """Pixels a side and frames of the clips."""
-FACTOR = 4
+FACTOR = 2
 """Pixels a latent, along each side; frames a latent, after the first frame, which has one of its own."""
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 8
 
 
 def video_autoencoder() -> AutoencoderKLCogVideoX:
-    """Build the untrained autoencoder: 9 frames of 32 x 32 pixels to 16 x 3 x 8 x 8 latents.
+    """Build the untrained autoencoder: 9 frames of 32 x 32 pixels to 8 x 5 x 16 x 16 latents.
 
     Example:
         >>> clip = torch.zeros(1, 3, FRAMES, SIZE, SIZE)
         >>> tuple(video_autoencoder().encode(clip).latent_dist.mode().shape)
-        (1, 16, 3, 8, 8)
+        (1, 8, 5, 16, 16)
     """
     return AutoencoderKLCogVideoX(
-        block_out_channels=(16, 32, 40),
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(16, 32),
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=8,
@@ -61,8 +62,11 @@ def train_video_autoencoder(
 
     def attempt(step: int) -> tuple[DiagonalGaussianDistribution, torch.Tensor]:
         pixels = to_pixels(clips[rng.integers(len(clips), size=batch)], device)
-        posterior = model.encode(pixels).latent_dist
-        return posterior, model.decode(posterior.sample()).sample - pixels
+        # 3D convolutions are most of the time, and a third quicker so on a CPU
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            posterior = model.encode(pixels).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+        return posterior, decoded.float() - pixels
 
     return fit(model, steps, attempt)
 

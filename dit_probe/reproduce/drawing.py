@@ -57,7 +57,7 @@ def intervals(panel: Panel) -> Any:
                 marker={"color": PAPER, "symbol": "diamond-open", "size": 10}, showlegend=at == 1, row=1, col=at,
             )  # fmt: skip
     figure.update_layout(Sheet.page(1100, 110 + 26 * len(rows), {"l": 230, "r": 130, "t": 46, "b": 40}))
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False, range=[0, 1], nticks=4)
+    figure.update_xaxes(gridcolor=_GRID, zeroline=False, range=[-0.03, 1.03], tickvals=[0, 0.5, 1])
     figure.update_yaxes(gridcolor=_GRID, zeroline=False)
     figure.update_annotations(font={"size": 12, "color": INK})
     return figure
@@ -87,7 +87,7 @@ def curves(panel: Panel) -> Any:
                 line={"color": colour, "dash": dash}, showlegend=at == 1, row=1, col=at,
             )  # fmt: skip
     figure.update_layout(Sheet.page(1100, 330, {"l": 50, "r": 170, "t": 46, "b": 50}))
-    figure.update_xaxes(title=curve.axis, type="category", showgrid=False)
+    figure.update_xaxes(title=curve.axis, type="category", tickangle=0, showgrid=False)
     figure.update_yaxes(gridcolor=_GRID, zeroline=False)
     figure.update_annotations(font={"size": 12, "color": INK})
     return figure

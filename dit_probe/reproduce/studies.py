@@ -83,7 +83,8 @@ def _methods(setting: Setting, table: Any) -> list[Panel]:
             )
             if name in numbers
         }
-        notes = (*_notes(setting, source), _layers(setting), f"The paper's columns are those of {_NAMES[kind]}.")
+        columns = f"The paper's columns are those of {_NAMES[kind]}."
+        notes = (*_notes(setting, source), _layers(setting), columns, *([_CLIP] if model == "SD3.5 DiT" else []))
         panels.append(Panel(_title(source), found, kind, numbers, beside, HEADLINE, notes=notes))
     return panels
 
@@ -279,6 +280,7 @@ STUDIES: Mapping[str, Callable[[Setting], list[Panel]]] = MappingProxyType(
 """Name to study; the first six are the paper's."""
 
 _TRIVIAL = ("random weights", "noise", "constant", "centre Gaussian", "image saliency")
+_CLIP = "The reference code makes SD3.5's concepts of CLIP's states and not of T5's, and averages all layers."
 _NAMES = {"imagenet": "ImageNet-Segmentation", "voc": "PascalVOC, single class"}
 
 
