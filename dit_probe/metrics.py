@@ -149,18 +149,7 @@ def right_of_two(
         >>> float(right_of_two(maps, maps > 0.4))
         1.0
     """
-
-    def measure(block: Rows) -> np.ndarray:
-        present = block.inside.sum(-1) > 0
-        two = present.sum(-1) == 2
-        pair = np.take(np.argsort(present, axis=-1), [-2, -1], axis=-1, mode="wrap")[..., None]  # one: with itself
-        parts = (np.take_along_axis(part, pair, axis=1) for part in (block.values, block.inside))
-        (a, b), (first, second) = (np.moveaxis(part, 1, 0) for part in parts)
-        win = (a > b) + 0.5 * (a == b)
-        means = [ratio((part * own).sum(-1), own.sum(-1), two) for part, own in ((win, first), (1 - win, second))]
-        return np.mean(means, axis=0)
-
-    return _measured(measure, "right_of_two", (maps, masks, valid), together=(concept,))
+    return _measured(Rows.right_of_two, "right_of_two", (maps, masks, valid), together=(concept,))
 
 
 def argmax_iou(
@@ -225,6 +214,7 @@ def _measured(
     covered = [(part & valid).coarsen(y=tall, x=wide).sum() for part in (masks, ~masks)]
     pixels = [array.rename(y="pixel_y", x="pixel_x") for array in xr.broadcast(masks, valid)]
     grid, fine = ([array.sizes[dim] for dim in _PLACE] for array in (maps, masks))
+    at = np.arange(math.prod(grid)).reshape(grid).repeat(tall, 1).repeat(wide, 2)
     row = [*(maps.sizes[dim] for dim in together), math.prod(grid)]
     cores = [[*together, *_PLACE]] * 3 + [[*together, "frame", "pixel_y", "pixel_x"]] * 2
     step = max(1, _NUMBERS // math.prod(fine if "boundary_f" in purpose else row))
@@ -239,7 +229,7 @@ def _measured(
             index = np.unravel_index(np.arange(start, min(start + step, math.prod(shape))), shape) if shape else (None,)
             values, inside, outside = (whole[index].reshape(-1, *row).astype(float) for whole in wholes[:3])
             pixels = [whole[index] for whole in wholes[3:] if "boundary_f" in purpose]
-            return Rows(values, inside, outside, threshold, (tall, wide), pixels)
+            return Rows(values, inside, outside, threshold, at, pixels)
 
         found = np.concatenate([of(block(start)) for start in range(0, math.prod(shape), step)])
         return found.reshape([*shape, *found.shape[1:]])

@@ -18,17 +18,19 @@ better for being told the word. A class-agnostic map is the map of every word: b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
-from dit_probe import metrics, rows
-from dit_probe.metrics import COUNTS
+from dit_probe.rows import Rows, ratio
 
 if TYPE_CHECKING:
     from dit_probe.protocols import Protocol
+
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # dims and values
+Masks = Mapping[str, np.ndarray]  # word to ([frame,] y, x) bool
 
 BACKGROUND = "background"
 """The class that all background words are merged to."""
@@ -46,123 +48,139 @@ THRESHOLDED = (
 )
 
 
-def ranking(large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray, absent: Sequence[str]) -> xr.Dataset:
-    """`RANKING`.
+@dataclass(frozen=True)
+class Tokens:
+    """The maps of several methods for one picture, all on one grid. A pixel has the value of its token.
+
+    Attributes:
+        values: (method, concept, token), float.
+        concepts: the words; None: class-agnostic, one map for all words.
+        at: ([frame,] y, x) the token of each pixel of the mask.
+        counted: ([frame,] y, x) bool, False on void.
+    """
+
+    values: np.ndarray
+    concepts: list[str] | None
+    at: np.ndarray
+    counted: np.ndarray
+
+    def pixels(self, mask: np.ndarray) -> np.ndarray:
+        """How many of each token's pixels are in a mask, (token)."""
+        return np.bincount(self.at.ravel(), mask.ravel(), self.values.shape[-1])
+
+    def of(self, word: str) -> np.ndarray:
+        """The word's maps, (method, token)."""
+        return self.values[:, 0 if self.concepts is None else self.concepts.index(word)]
+
+    def rows(self, word: str, mask: np.ndarray, seen: np.ndarray | None = None) -> Rows:
+        """The word's maps on its own pixels, a row a method."""
+        inside, outside = (self.pixels(part & self.counted)[None] for part in (mask, ~mask))
+        return Rows(self.of(word), inside, outside, "mean", self.at, (mask[None], self.counted[None]), seen)
+
+
+def ranking(tokens: Tokens, truth: Masks, absent: Sequence[str]) -> Variables:
+    """`RANKING` (method).
 
     Args:
-        large: ([concept,] [frame,] y, x) maps at the mask's size, of the words given; without concept class-agnostic.
-        truth: (concept, [frame,] y, x) bool, the pixels of the picture's words.
-        counted: ([frame,] y, x) bool, False on void.
+        tokens: maps of the words given.
+        truth: the pixels of the picture's words.
         absent: words that are not in the picture, with or without a map.
     """
-    names = truth.concept.values.tolist()
-    if not names:
-        return xr.Dataset({name: xr.DataArray(np.nan) for name in RANKING})
-    agnostic = "concept" not in large.dims
-    own = large.expand_dims(concept=names) if agnostic else large.sel(concept=names)
-    found = metrics.score(own, truth, valid=counted, metrics=_OWN).mean("concept")
-    energy = metrics.score(own.clip(min=0), truth, valid=counted, metrics="energy_pointing").energy_pointing
-    found["energy_pointing"] = energy.where(own.min(counted.dims) >= 0).mean("concept")
-    found["right_of_two"] = metrics.right_of_two(own, truth, valid=counted)
-    if agnostic:
-        found["auroc_other"] = found["auroc_absent"] = found["auroc"]
-    else:
-        pairs = _auroc_of_pairs(large, truth, counted)
-        away, itself = pairs.word.isin(absent), pairs.word == pairs.concept
-        found["auroc_other"], found["auroc_absent"] = pairs.where(~away & ~itself).mean(), pairs.where(away).mean()
-    return found.drop_attrs()
+    if not truth:
+        return {name: (("method",), np.full(len(tokens.values), np.nan)) for name in RANKING}
+    own = []
+    for word, mask in truth.items():
+        rows = tokens.rows(word, mask)
+        energy = replace(rows, values=rows.values.clip(min=0)).energy_pointing()
+        energy[rows.values.min(-1) < 0] = np.nan
+        own.append([*(getattr(rows, name)() for name in _OWN), energy])
+    found: dict[str, np.ndarray] = dict(zip((*_OWN, "energy_pointing"), _mean(np.array(own), 0), strict=True))
+    inside = np.array([tokens.pixels(mask & tokens.counted) for mask in truth.values()])
+    both = Rows(np.stack([tokens.of(word) for word in truth], 1), inside[None], inside[None], "mean", tokens.at, ())
+    found["right_of_two"] = both.right_of_two()
+    found["auroc_other"] = found["auroc_absent"] = found["auroc"]
+    if tokens.concepts is not None:
+        pairs = _auroc_of_pairs(tokens, inside)
+        away = np.array([[word in absent] for word in tokens.concepts])
+        itself = np.array([[word == other for other in truth] for word in tokens.concepts])
+        for name, kept in (("auroc_other", ~away & ~itself), ("auroc_absent", away)):
+            found[name] = _mean(np.where(kept, pairs, np.nan), (1, 2))
+    return {name: (("method",), values) for name, values in found.items()}
 
 
-def _auroc_of_pairs(large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray) -> xr.DataArray:
-    """(word, concept): AUROC of every map on every mask, each map sorted once.
+def _auroc_of_pairs(tokens: Tokens, inside: np.ndarray) -> np.ndarray:
+    """(method, word, mask): AUROC of every map on every mask, each map sorted once.
 
     With r the number of pixels below one, half of its equals included, and n of N pixels in the mask, it is
     ``(sum of r over the mask - n^2 / 2) / (n (N - n))``.
     """
-    inside = truth.transpose("concept", *counted.dims).values[:, counted.values].astype(float)
-    number = inside.sum(-1)
+    weight, number = tokens.pixels(tokens.counted), inside.sum(-1)
     above = []
-    for values in large.transpose("concept", *counted.dims).values[:, counted.values]:
-        _, group, size = np.unique(values, return_inverse=True, return_counts=True)
+    for values in tokens.values.reshape(-1, len(weight)):
+        _, group = np.unique(values, return_inverse=True)
+        size = np.bincount(group, weight)
         above.append(inside @ (np.cumsum(size) - size / 2)[group] - number**2 / 2)
-    table = rows.ratio(np.stack(above), number * (inside.shape[-1] - number))
-    return xr.DataArray(table, {"word": large.concept.values, "concept": truth.concept.values}, ("word", "concept"))
+    table = ratio(np.array(above), number * (weight.sum() - number))
+    return table.reshape(*tokens.values.shape[:2], -1)
 
 
-def thresholded(
-    protocol: Protocol, maps: xr.DataArray, large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray
-) -> xr.Dataset:
-    """`THRESHOLDED` (threshold) and ``counts`` (threshold, count), pixels summed over the words.
+def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Over what is defined; NaN where nothing is."""
+    return ratio(np.nansum(values, axis), (~np.isnan(values)).sum(axis))
+
+
+def thresholded(protocol: Protocol, tokens: Tokens, truth: Masks) -> Variables:
+    """`THRESHOLDED` (method, threshold) and ``counts`` (method, threshold, count), pixels summed over the words.
 
     Args:
         protocol: order, thresholds, void.
-        maps: as `large`, on their own grid.
-        large: as for `ranking`.
+        tokens: as for `ranking`.
         truth: as for `ranking`.
-        counted: as for `ranking`.
     """
-    if "concept" in maps.dims:
-        maps, large = (array.sel(concept=truth.concept.values) for array in (maps, large))
-    found: list[Any] = []
-    for threshold in protocol.thresholds:
-        if not truth.sizes["concept"]:
-            drawn = truth
-        elif protocol.order == "threshold, upsample":
-            drawn = metrics.resize(metrics.predicted(maps, threshold=threshold), truth.sizes["y"], truth.sizes["x"])
-        else:
-            seen = counted if protocol.void == "unseen" else None
-            drawn = metrics.predicted(large, valid=seen, threshold=threshold)
-        found.append(_of_pixels(drawn, truth, counted))
-    joined: Any = xr.concat(found, xr.Variable("threshold", protocol.labels))
-    return joined
-
-
-def _of_pixels(drawn: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray) -> xr.Dataset:
-    """Means over the words."""
-    place = counted.dims
-    pairs = ((drawn, truth), (drawn, ~truth), (~drawn, truth), (~drawn, ~truth))
-    true, false, missed, rest = ((a & b & counted).sum(place).astype(float) for a, b in pairs)
-    pixels = true + false + missed + rest
-    foreground = true / (true + false + missed).where(true + missed > 0)
-    accuracy = (true + rest) / pixels.where(pixels > 0)
-    outlines = (array.transpose("concept", *place).values for array in xr.broadcast(drawn, truth, counted))
-    found = {
-        "pixel_accuracy": accuracy,
-        "iou_foreground": foreground,
-        "iou_macro": (foreground + rest / (rest + false + missed).where(rest + false > 0)) / 2,
-        "boundary_f": xr.DataArray(rows.boundary_f(*outlines), dims="concept"),
-        "iou_pooled_legacy": accuracy / (2 - accuracy),
-        # two channels: both of a valid pixel, one of a void one
-        "pixel_accuracy_void_as_error": 2 * (true + rest) / (pixels + counted.size).where(pixels > 0),
+    if protocol.order == "threshold, upsample":
+        seen = np.ones((1, tokens.values.shape[-1]))
+    else:
+        seen = None if protocol.void == "unseen" else tokens.pixels(np.ones_like(tokens.counted))[None]
+    shape = len(tokens.values), len(protocol.thresholds)
+    table, counts = np.full((len(truth), len(THRESHOLDED), *shape), np.nan), np.zeros((*shape, 4))
+    for i, (word, mask) in enumerate(truth.items()):
+        own = tokens.rows(word, mask, seen)
+        for j, threshold in enumerate(protocol.thresholds):
+            rows = replace(own, threshold=threshold)
+            table[i, ..., j] = [getattr(rows, name)() for name in THRESHOLDED]
+            counts[:, j] += np.stack(rows.counts, -1)
+    found: Variables = {"counts": (("method", "threshold", "count"), counts)}
+    return found | {
+        name: (("method", "threshold"), values) for name, values in zip(THRESHOLDED, _mean(table, 0), strict=True)
     }
-    means = {name: values.mean("concept") for name, values in found.items()}
-    table: Any = xr.concat([true, false, missed, rest], xr.Variable("count", list(COUNTS)))
-    return xr.Dataset({**means, "counts": table.sum("concept")})
 
 
-def by_class(large: xr.DataArray, truth: xr.DataArray, counted: xr.DataArray, vocabulary: Sequence[str]) -> xr.Dataset:
-    """``intersection`` and ``union`` (class), and ``miou``, of argmax over the maps.
+def by_class(tokens: Tokens, truth: Masks, vocabulary: Sequence[str]) -> Variables:
+    """``intersection`` and ``union`` (method, class), and ``miou`` (method), of argmax over the maps.
 
     Args:
-        large: as for `ranking`; NaN without several concepts, of which none is highest.
-        truth: (concept, [frame,] y, x) bool, the pixels of each word of the vocabulary.
-        counted: as for `ranking`.
+        tokens: as for `ranking`; NaN without several concepts, of which none is highest.
+        truth: the pixels of each word of the vocabulary that the annotation decides about.
         vocabulary: all classes but `BACKGROUND`, which has the words and pixels of no class.
     """
     classes = [BACKGROUND, *vocabulary]
-    table = np.full((2, len(classes)), np.nan)
-    if large.sizes.get("concept", 1) > 1:
+    table = np.full((2, len(tokens.values), len(classes)), np.nan)
+    if tokens.concepts is not None and len(tokens.concepts) > 1:
         table[...] = 0
-        highest = large == large.max("concept")
-        shares = (highest / highest.sum("concept") * counted).transpose("concept", *counted.dims).values
-        annotated = {word: (truth.sel(concept=word) & counted).values for word in truth.concept.values.tolist()}
-        annotated[BACKGROUND] = (~truth.any("concept") & counted).values
+        share = tokens.values == tokens.values.max(1, keepdims=True)
+        share = share / share.sum(1, keepdims=True)
+        none = ~np.any([*truth.values(), np.zeros_like(tokens.counted)], axis=0)
+        annotated = {word: tokens.pixels(mask & tokens.counted) for word, mask in {**truth, BACKGROUND: none}.items()}
         for label, own in annotated.items():
-            table[1, classes.index(label)] += own.sum()
-        for word, share in zip(large.concept.values.tolist(), shares, strict=True):
+            table[1, :, classes.index(label)] += own.sum()
+        counted = tokens.pixels(tokens.counted)
+        for i, word in enumerate(tokens.concepts):
             label = word if word in classes else BACKGROUND
-            both = (share * annotated[label]).sum() if label in annotated else 0.0
-            table[:, classes.index(label)] += both, share.sum() - both
-    found = xr.Dataset({name: ("class", row) for name, row in zip(("intersection", "union"), table, strict=True)})
-    found = found.assign_coords({"class": classes})
-    return found.assign(miou=(found.intersection / found.union.where(found.union > 0)).mean("class"))
+            both = share[:, i] @ annotated.get(label, np.zeros_like(counted))
+            table[:, :, classes.index(label)] += both, share[:, i] @ counted - both
+    intersection, union = table
+    return {
+        "intersection": (("method", "class"), intersection),
+        "union": (("method", "class"), union),
+        "miou": (("method",), _mean(ratio(intersection, union), 1)),
+    }

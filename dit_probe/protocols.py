@@ -19,8 +19,9 @@ background words of the data set; change a field with `dataclasses.replace`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -214,15 +215,17 @@ def prepare(protocol: str | Protocol, sample: Sample) -> tuple[np.ndarray, xr.Da
         ((512, 512, 3), {'y': 224, 'x': 224}, True)
     """
     protocol = find(protocol)
-    dims = ("frame", "y", "x")[3 - sample.mask.ndim :]
-    mask, counted = (xr.DataArray(array, dims=dims) for array in (sample.mask, valid(sample)))
     image = sample.image
-    if protocol.mask_size is not None:
-        size = protocol.mask_size
-        mask, counted = (metrics.resize(array, size, size) for array in (mask, counted))
     if protocol.image_size is not None:
         image = resize_image(image, protocol.image_size, protocol.image_interpolation)
-    return image, mask, counted
+    return image, *_annotation(protocol, sample)
+
+
+def _annotation(protocol: Protocol, sample: Sample) -> tuple[xr.DataArray, xr.DataArray]:
+    """Labels and which of them count, at the size that is scored."""
+    dims, size = ("frame", "y", "x")[3 - sample.mask.ndim :], protocol.mask_size
+    mask, counted = (xr.DataArray(array, dims=dims) for array in (sample.mask, valid(sample)))
+    return (mask, counted) if size is None else (metrics.resize(mask, size, size), metrics.resize(counted, size, size))
 
 
 def resize_image(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
@@ -255,8 +258,9 @@ def score(
 
     Args:
         protocol: order of steps, thresholds, sizes, void.
-        maps: ([concept,] [frame,] y, x) with the words as coordinate ``concept``, in any units. Without that dim the
-            map is class-agnostic, one for all words, and nothing per class is defined.
+        maps: ([method,] [concept,] [frame,] y, x) with the words as coordinate ``concept``, in any units. Without
+            that dim the map is class-agnostic, one for all words, and nothing per class is defined. Several methods
+            at once take less time than one after another, and memory for all of them.
         sample: the picture, untouched.
         vocabulary: class words; None: those that the annotation has a label for. Those that are not in the picture
             and have a map are the words of ``auroc_absent``.
@@ -264,11 +268,11 @@ def score(
     Returns:
         `RANKING` () and ``miou``, the mean of intersection / union over classes that have a union; `THRESHOLDED`
         (threshold); ``counts`` (threshold, count), pixels summed over the words; ``intersection``, ``union`` (class).
-        Undefined is NaN.
+        All have the dim ``method`` if the maps have it. Undefined is NaN.
 
     Raises:
         EvaluationError: other dims, or a word of the picture without a map.
-        MetricError: NaN or infinity in a map.
+        MetricError: NaN or infinity in a map, or no numbers.
 
     Example:
         >>> from dit_probe.datasets.segmentation import PictureBook, masks
@@ -278,38 +282,55 @@ def score(
         >>> found = score("native", perfect, sample)
         >>> float(found.auroc), found.iou_macro.values.tolist()
         (1.0, [1.0, 1.0, 1.0])
+        >>> score("native", xr.concat([perfect, 1 - perfect], "method"), sample).auroc.values.tolist()
+        [1.0, 0.0]
     """
     protocol = find(protocol)
     vocabulary = tuple(w for w, label in sample.labels.items() if label > 0) if vocabulary is None else vocabulary
     vocabulary = [word for word in vocabulary if word != BACKGROUND]
-    _, labels, counted = prepare(protocol, sample)
+    labels, counted = _annotation(protocol, sample)
     _check(maps, sample, labels)
-    maps = maps.drop_vars([name for name, coord in maps.coords.items() if "frame" in coord.dims])
-    large = metrics.resize(maps, labels.sizes["y"], labels.sizes["x"], protocol.map_interpolation)
-    large = large.broadcast_like(counted)
-    truth = _of(sample, sample.target, labels)
-    annotated = _of(sample, [word for word in vocabulary if word in sample.labels], labels)
+    tokens = _tokens(protocol, maps, counted)
+    stretched = replace(sample, mask=labels.values)
+    decided = [word for word in vocabulary if word in sample.labels]
+    truth, annotated = (dict(zip(names, masks(stretched, names), strict=True)) for names in (sample.target, decided))
     absent = [word for word in vocabulary if word not in sample.target]
-    parts = (
-        picture_metrics.ranking(large, truth, counted, absent),
-        picture_metrics.thresholded(protocol, maps, large, truth, counted),
-        picture_metrics.by_class(large, annotated, counted, vocabulary),
+    numbers = {
+        **picture_metrics.ranking(tokens, truth, absent),
+        **picture_metrics.thresholded(protocol, tokens, truth),
+        **picture_metrics.by_class(tokens, annotated, vocabulary),
+    }
+    found = xr.Dataset(
+        numbers, {"threshold": protocol.labels, "count": list(metrics.COUNTS), "class": [BACKGROUND, *vocabulary]}
     )
-    return xr.merge(parts)
+    if "method" not in maps.dims:
+        return found.isel(method=0)
+    return found.assign_coords({name: coord for name, coord in maps.coords.items() if coord.dims == ("method",)})
 
 
-def _of(sample: Sample, names: Sequence[str], labels: xr.DataArray) -> xr.DataArray:
-    """(concept, [frame,] y, x) bool: the pixels of each word, at the size that is scored."""
-    stretched = Sample(sample.name, sample.image, labels.values, sample.target, sample.labels)
-    return xr.DataArray(masks(stretched, names), {"concept": list(names)}, ("concept", *labels.dims))
+def _tokens(protocol: Protocol, maps: xr.DataArray, counted: xr.DataArray) -> picture_metrics.Tokens:
+    """Maps that are enlarged bilinearly have a token for each pixel; the others stay on their grid."""
+    size = counted.sizes["y"], counted.sizes["x"]
+    if protocol.map_interpolation == "bilinear":
+        maps = metrics.resize(maps, *size, "bilinear")
+    place = [dim for dim in counted.dims if dim in maps.dims]
+    grid = [maps.sizes[dim] for dim in place]
+    number = xr.DataArray(np.arange(math.prod(grid)).reshape(grid), dims=place)
+    at = np.broadcast_to(metrics.resize(number, *size), counted.shape)
+    lead = [dim for dim in ("method", "concept") if dim in maps.dims]
+    values = maps.transpose(*lead, *place).values.astype(float)
+    methods, concepts = (maps.sizes.get(dim, 1) for dim in ("method", "concept"))
+    names = maps["concept"].values.tolist() if "concept" in lead else None
+    return picture_metrics.Tokens(values.reshape(methods, concepts, -1), names, at, counted.values)
 
 
 def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray) -> None:
     """Refuse maps that are not of this picture."""
     allowed = {"concept", *map(str, labels.dims)}
-    if set(maps.dims) - allowed or {"y", "x"} - set(maps.dims):
+    sizes = {dim: size for dim, size in maps.sizes.items() if dim != "method"}
+    if sizes.keys() - allowed or {"y", "x"} - sizes.keys():
         raise EvaluationError(
-            f"{sample.name}: a map has the dims {dict(maps.sizes)}, expected y and x and, beside them, at "
+            f"{sample.name}: a map has the dims {sizes}, expected y and x and, beside them, at "
             f"most {', '.join(sorted(allowed - {'y', 'x'}))}. Take one picture's map; average or select all else"
         )
     if "frame" in maps.dims and maps.sizes["frame"] != labels.sizes["frame"]:
@@ -323,5 +344,7 @@ def _check(maps: xr.DataArray, sample: Sample, labels: xr.DataArray) -> None:
             f"{sample.name}: no map of {', '.join(map(repr, missing))}, which the picture shows; there are "
             f"{', '.join(map(str, named)) or 'maps without labels'}. Label the dim concept with the words"
         )
+    if maps.dtype.kind not in "biuf":
+        raise MetricError(f"{sample.name}: a map is {maps.dtype}: give numbers")
     if not np.isfinite(maps).all():
         raise MetricError(f"{sample.name}: a map holds NaN or infinity: see its layer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -18,14 +19,25 @@ _by = partial(np.take_along_axis, axis=-1)
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows, (row, token) or (row, concept, token). A method with the name of a metric gives it for each row."""
+    """Some rows, (row, token) or (row, concept, token). A method with the name of a metric gives it for each row.
+
+    Attributes:
+        values: of the maps, float.
+        inside: how many valid pixels of a token are on the object; of 1 row, if all maps have the same mask.
+        outside: how many are not.
+        threshold: rule as for `dit_probe.metrics.score`.
+        at: ([frame,] y, x) the token of each pixel.
+        pixels: mask, and what is valid, (row, [frame,] y, x); only ``boundary_f`` looks at them.
+        seen: how much each token has to say about minimum, maximum and threshold; None: its valid pixels.
+    """
 
     values: np.ndarray
     inside: np.ndarray
     outside: np.ndarray
     threshold: Threshold
-    token: tuple[int, int]  # how many pixels tall and wide
-    pixels: list[np.ndarray]  # masks, and what is valid: (row, frame, y, x)
+    at: np.ndarray
+    pixels: Sequence[np.ndarray]
+    seen: np.ndarray | None = None
 
     @cached_property
     def weight(self) -> np.ndarray:
@@ -43,10 +55,14 @@ class Rows:
         return order, ends, *totals, *(np.diff(total, axis=-1, prepend=0) for total in reached)
 
     @cached_property
+    def _seen(self) -> np.ndarray:
+        return self.weight if self.seen is None else self.seen
+
+    @cached_property
     def scaled(self) -> np.ndarray:
-        """Min-maxed over valid pixels; 0 where a map is constant."""
-        low = np.where(self.weight > 0, self.values, np.inf).min(-1, keepdims=True)
-        span = np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True) - low
+        """Min-maxed over what is seen; 0 where a map is constant."""
+        low = np.where(self._seen > 0, self.values, np.inf).min(-1, keepdims=True)
+        span = np.where(self._seen > 0, self.values, -np.inf).max(-1, keepdims=True) - low
         return np.where(span > 0, self.values - low, 0) / np.where(span > 0, span, 1)
 
     @cached_property
@@ -54,9 +70,9 @@ class Rows:
         if isinstance(self.threshold, (int, float)):
             return self.scaled > self.threshold
         if self.threshold == "mean":
-            return self.scaled - 1e-12 > ratio((self.scaled * self.weight).sum(-1), self.weight.sum(-1))[:, None]
+            return self.scaled - 1e-12 > ratio((self.scaled * self._seen).sum(-1), self._seen.sum(-1))[:, None]
         order, ends, *_ = self.curve
-        values, weight = _by(self.scaled, order), _by(self.weight, order)
+        values, weight = _by(self.scaled, order), _by(self._seen, order)
         above, mass = np.cumsum(weight, axis=-1), np.cumsum(weight * values, axis=-1)
         below = above[:, -1:] - above
         spread = (mass * above[:, -1:] - mass[:, -1:] * above) ** 2 / np.maximum(above * below, 1)
@@ -93,10 +109,7 @@ class Rows:
         return (self.iou_foreground() + ratio(rest, rest + false + missed, rest + false > 0)) / 2
 
     def boundary_f(self) -> np.ndarray:
-        mask, valid = self.pixels
-        (tall, wide), (*frames, height, width) = self.token, mask.shape
-        predicted = self.predicted.reshape(*frames, height // tall, width // wide)
-        return boundary_f(predicted.repeat(tall, -2).repeat(wide, -1), mask, valid)
+        return boundary_f(self.predicted[:, self.at], *self.pixels)
 
     def pointing(self) -> np.ndarray:
         top = self.values == np.where(self.weight > 0, self.values, -np.inf).max(-1, keepdims=True)
@@ -116,8 +129,18 @@ class Rows:
         return (accuracy := self.pixel_accuracy()) / (2 - accuracy)
 
     def pixel_accuracy_void_as_error(self) -> np.ndarray:
-        valid, (tall, wide) = self.weight.sum(-1), self.token
-        return 2 * self.pixel_accuracy() * valid / (valid + self.weight.shape[-1] * tall * wide)
+        valid = self.weight.sum(-1)
+        return 2 * self.pixel_accuracy() * valid / (valid + self.at.size)
+
+    def right_of_two(self) -> np.ndarray:
+        present = self.inside.sum(-1) > 0
+        two = present.sum(-1) == 2
+        pair = np.take(np.argsort(present, axis=-1), [-2, -1], axis=-1, mode="wrap")[..., None]  # one: with itself
+        parts = (np.take_along_axis(part, pair, axis=1) for part in (self.values, self.inside))
+        (a, b), (first, second) = (np.moveaxis(part, 1, 0) for part in parts)
+        win = (a > b) + 0.5 * (a == b)
+        means = [ratio((part * own).sum(-1), own.sum(-1), two) for part, own in ((win, first), (1 - win, second))]
+        return np.mean(means, axis=0)
 
 
 def ratio(part: np.ndarray, whole: np.ndarray, about: Any = True) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import zarr
 import dit_probe as dp
 from dit_probe import protocols
 from dit_probe.datasets.segmentation import Part, PictureBook, Sample
-from dit_probe.evaluation import EvaluationWarning, evaluate, plan
+from dit_probe.evaluation import EvaluationWarning, evaluate, plan, results
 from dit_probe.methods import centre_gaussian, constant, image_saliency, noise
 from dit_probe.protocols import EvaluationError
 
@@ -80,6 +82,39 @@ def test_interrupted_and_rerun_is_the_same_as_straight(tmp_path):
     assert stored.image.values.tolist() == resumed.image.values.tolist()
     np.testing.assert_array_equal(stored.iou_macro, resumed.iou_macro)
     assert stored.iou_macro.dims == ("method", "image", "threshold")
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(0, [4]), (1.1, [3, 1]), (9, [1, 1, 1, 1])])
+def test_finished_images_are_written_now_and_then_and_at_any_end(tmp_path, monkeypatch, seconds, writes):
+    data, calls, write = PictureBook(9), [], results.write
+    monkeypatch.setattr("dit_probe.evaluation.running.monotonic", partial(next, count(0, seconds)))
+    monkeypatch.setattr(results, "write", lambda *args: (calls.append(len(args[3])), write(*args)))
+    with pytest.raises(KeyboardInterrupt):
+        run({"it": Counting(stop_at=5)}, data, store=tmp_path / "run.zarr")
+    stored = xr.open_zarr(tmp_path / "run.zarr").load()
+    assert calls == writes and stored.scored.values.tolist() == [[True] * 4 + [False] * 5]
+    np.testing.assert_array_equal(stored.auroc[:, :4], run({"it": Counting()}, data, limit=4).auroc)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_methods_are_scored_together_and_fail_alone(monkeypatch, most):
+    data, sizes, score = PictureBook(1), [], protocols.score
+    fine = {"noise": noise(1), "small": noise(1, grid=5), "more": noise(3), **TRIVIAL}
+    expected = xr.concat([run({name: method}, data) for name, method in fine.items()], "method")
+    values = 64 * 64 * len(protocols.words("native", data[0], data.vocabulary, data.background))
+    monkeypatch.setattr("dit_probe.evaluation.running._NUMBERS", most * values)
+
+    def picky(protocol, maps, sample, vocabulary):
+        sizes.append(maps.sizes["method"])
+        if (maps == 7).any():
+            raise ValueError("a seven")
+        return score(protocol, maps, sample, vocabulary=vocabulary)
+
+    monkeypatch.setattr(protocols, "score", picky)
+    with pytest.warns(EvaluationWarning, match="sevens: 1 of 1, first scene/00000: ValueError: a seven"):
+        found = run({"noise": noise(1), "sevens": lambda *given: noise(2)(*given) * 0 + 7, **fine}, data)
+    assert max(sizes) == most and found.auroc.sel({"method": "sevens"}).isnull().all()
+    xr.testing.assert_allclose(found.sel({"method": list(fine)}), expected, rtol=1e-12, atol=0)
 
 
 def test_what_was_being_written_at_the_interruption_is_no_number(tmp_path):

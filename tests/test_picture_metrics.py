@@ -105,6 +105,21 @@ def test_energy_is_undefined_for_maps_with_negative_values():
     assert protocols.score("native", maps - 2, sample).energy_pointing.isnull()
 
 
+@pytest.mark.parametrize("void", ["unseen", "uncounted"])
+@pytest.mark.parametrize("grid", [(5, 7), (1, 1), (41, 40)])
+def test_tokens_have_the_numbers_of_their_pixels(grid, void):
+    sample = a_sample()
+    rule = protocols.Protocol("mine", thresholds=("mean", "otsu", 0.3), map_interpolation="nearest", void=void)
+    for levels in (3, 1000):
+        values = np.random.default_rng(levels).integers(levels, size=(4, *grid)) / levels - 0.2
+        maps = xr.DataArray(values, {"concept": list(WORDS[:4])}, ("concept", "y", "x"))
+        pixels = enlarged(rule, sample, maps)[2]
+        for given, shown in ((maps, pixels), (maps - maps.min(), pixels - maps.min())):
+            found, expected = (protocols.score(rule, each, sample) for each in (given, shown))
+            xr.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert expected.energy_pointing.notnull()
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_outlines_are_of_what_the_protocol_predicts(protocol):
     sample, maps, rule = a_sample(), some_maps(), replace(protocols.find(protocol), thresholds=("mean",))

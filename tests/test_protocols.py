@@ -256,6 +256,39 @@ def test_frames_of_a_video_are_scored_together():
         protocols.score("native", maps.isel(frame=slice(3)), clip)
 
 
+CLIP = PictureBookClips(1)[0]
+KINDS = {
+    "void and an absent word": (a_sample(), ("boat", "sun", "water"), (5, 7)),
+    "one word": (a_sample(), ("boat",), (5, 7)),
+    "class-agnostic": (a_sample(), (), (5, 7)),
+    "no target": (Sample("bare", a_sample().image, a_sample().mask * 0, (), {"boat": 1}), ("boat", "sky"), (5, 7)),
+    "a grid finer than the mask": (a_sample(), ("boat", "water"), (41, 300)),
+    "one map of a video": (CLIP, (*CLIP.target, "sky"), (8, 8)),
+    "a map of each frame": (CLIP, (*CLIP.target, "sky"), (len(CLIP.mask), 8, 8)),
+    "class-agnostic frames": (CLIP, (), (len(CLIP.mask), 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_methods_at_once_have_the_numbers_of_each_alone(protocol, kind):
+    sample, words, grid = KINDS[kind]
+    names, random = ["levels", "constant", "negative", "fine"], np.random.default_rng(2)
+    maps = [random.integers(3, size=(max(1, len(words)), *grid)) / 3, random.normal(size=(max(1, len(words)), *grid))]
+    together = xr.DataArray(
+        np.stack([maps[0], maps[0] * 0 + 0.3, maps[1], maps[1] ** 2]),
+        {"method": names, "concept": list(words) or [""]},
+        ("method", "concept", "frame", "y", "x") if len(grid) == 3 else ("method", "concept", "y", "x"),
+    )
+    together = together if words else together.isel(concept=0, drop=True)
+    found = protocols.score(protocol, together, sample)
+    assert found["method"].values.tolist() == names
+    for i in range(4):
+        alone = protocols.score(protocol, together.isel(method=i, drop=True), sample)
+        assert alone.sizes == {dim: size for dim, size in found.sizes.items() if dim != "method"}
+        xr.testing.assert_allclose(found.isel(method=i, drop=True), alone, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -278,6 +311,8 @@ def test_maps_that_are_not_of_the_picture():
         protocols.score("native", some_maps(("sun", "sky")), a_sample())
     with pytest.raises(EvaluationError, match="'layer': 2"):
         protocols.score("native", some_maps().expand_dims(layer=2), a_sample())
+    with pytest.raises(metrics.MetricError, match="a: a map is complex128: give numbers"):
+        protocols.score("paper", some_maps().astype(complex), a_sample())
     with pytest.raises(EvaluationError, match="use chefer, paper, native"):
         protocols.score("nativ", some_maps(), a_sample())
     with pytest.raises(metrics.MetricError, match="a: a map holds NaN"):

@@ -106,9 +106,11 @@ def plan(
     for at in range(measured):
         start, before_it = perf_counter(), sum(sum(method.seconds) for method in timed.values())
         score_image(timed, dataset, protocol, table, at)
-        results.write(*stored, table, at)
         asked = sum(sum(method.seconds) for method in timed.values()) - before_it
         rest.append(perf_counter() - start - asked)
+    start = perf_counter()
+    results.write(*stored, table, range(measured))  # a run writes many pictures at once, too
+    written = (perf_counter() - start) / measured
     grown = max(0, _peak() - before)
     calls = {name: method.seconds or [np.nan] for name, method in timed.items()}
     reasons = {name: [text for text in row if text] for name, row in zip(timed, table.failed.values, strict=True)}
@@ -118,7 +120,7 @@ def plan(
         measured=measured,
         first={name: seconds[0] for name, seconds in calls.items()},
         later={name: median(seconds[1:] or seconds) for name, seconds in calls.items()},
-        rest=median(rest[1:] or rest),
+        rest=median(rest[1:] or rest) + written,
         failed={name: texts[0] for name, texts in reasons.items() if texts},
         nbytes=_nbytes(table, measured),
         memory=grown + table.nbytes,

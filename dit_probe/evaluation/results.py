@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -148,12 +148,12 @@ def _rows(table: xr.Dataset) -> list[str]:
     return sorted((str(name) for name, v in table.variables.items() if "image" in v.dims), key=lambda n: n == "scored")
 
 
-def write(group: zarr.Group, rows: list[int], table: xr.Dataset, at: int) -> None:
-    """Store one image's numbers, of the methods in the table at their rows in the group."""
-    here = slice(at, at + 1)
+def write(group: zarr.Group, rows: list[int], table: xr.Dataset, at: int | Sequence[int]) -> None:
+    """Store the numbers of one image or several, of the methods in the table at their rows in the group."""
+    images = np.atleast_1d(at)
     for name in _rows(table):
         array: Any = group[_IN_STORE.get(name, name)]
         of_methods = "method" in table[name].dims
-        values = table[name].values[:, here] if of_methods else table[name].values[here]
+        values = table[name].values[:, images] if of_methods else table[name].values[images]
         values = values.astype(np.dtypes.StringDType()) if values.dtype == object else values
-        array.oindex[(rows, here) if of_methods else here] = values
+        array.oindex[(rows, images) if of_methods else images] = values

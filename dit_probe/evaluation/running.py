@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from dit_probe.evaluation.results import Method
 from dit_probe.protocols import EvaluationError, Protocol
 
 _TWICE = "two samples are named {!r}, and numbers are found by name; give each a name of its own"
+_NUMBERS = 2**22  # of maps at the mask's size, scored at a time: those of all methods would be gigabytes
+_SECONDS = 3.0  # between writes of finished images: one costs about 50 ms, for every chunk is rewritten
 
 
 class EvaluationWarning(UserWarning):
@@ -43,7 +47,8 @@ def evaluate(
         dataset: of `dit_probe.datasets.segmentation`, or anything that has what `Dataset` lists.
         protocol: a name of `dit_probe.protocols.PROTOCOLS`, or a `Protocol`.
         concepts: words that methods are given beside the classes, instead of the protocol's background words.
-        store: path, URL or Zarr store that numbers are written to, an image at a time; None: memory.
+        store: path, URL or Zarr store that numbers are written to, every few seconds and whenever the run ends, also by
+            an error or Ctrl-C; None: memory.
         resume: continue what is in the store: images without a number are done, those where a method failed are tried
             once more, and methods that it does not have get rows of their own. Rows of methods that are not among
             `methods` stay as they are. False: start over.
@@ -78,12 +83,19 @@ def evaluate(
     table = results.empty(methods, dataset, protocol)
     stored = None if store is None else results.opened(store, table, resume)
     done = table.scored[:, :count].all("method").values
+    pending, last = list[int](), monotonic()
     with tqdm(total=count, initial=int(done.sum()), unit="image", disable=not progress) as bar:
-        for at in np.flatnonzero(~done).tolist():
-            score_image(methods, dataset, protocol, table, at)
-            if stored is not None:
-                results.write(*stored, table, at)
-            bar.update()
+        try:
+            for at in np.flatnonzero(~done).tolist():
+                score_image(methods, dataset, protocol, table, at)
+                pending.append(at)
+                if stored is not None and monotonic() - last > _SECONDS:
+                    results.write(*stored, table, pending)
+                    pending, last = [], monotonic()
+                bar.update()
+        finally:  # Ctrl-C, too, leaves all finished images in the store
+            if stored is not None and pending:
+                results.write(*stored, table, pending)
     found = table.isel(image=slice(0, count))
     found = found.assign_coords(image=found["name"].values).drop_vars(["name", "scored"])
     _report(found)
@@ -114,8 +126,10 @@ def score_image(
     if (table["name"].values == sample.name)[np.arange(len(table["name"])) != at].any():
         raise EvaluationError(f"{dataset.name}: {_TWICE.format(sample.name)}")
     words = protocols.words(protocol, sample, dataset.vocabulary, dataset.background)
-    image = protocols.prepare(protocol, sample)[0]
+    image, mask, _ = protocols.prepare(protocol, sample)
     table["name"].values[at], table["target"].values[at] = sample.name, ", ".join(sample.target)
+    score = partial(protocols.score, protocol, sample=sample, vocabulary=dataset.vocabulary)
+    groups: defaultdict[Any, dict[int, xr.DataArray]] = defaultdict(dict)
     for row, method in enumerate(methods.values()):
         if table.scored.values[row, at]:
             continue
@@ -124,14 +138,40 @@ def score_image(
             continue
         try:
             maps = _maps(method, image, words)
-            found = protocols.score(protocol, maps, sample, vocabulary=dataset.vocabulary)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
-            table.failed.values[row, at] = f"{type(error).__name__}: {reason}"
+            _fail(table, row, at, error)
             continue
-        for name, values in found.data_vars.items():
-            table[name].values[row, at] = values.transpose(*table[name].dims[2:]).values
-        table.failed.values[row, at], table.scored.values[row, at] = "", True
+        kind = maps.dims, maps.shape, maps.dtype
+        groups[kind][row] = maps
+        if (len(groups[kind]) + 1) * max(maps.size, len(words) * mask.size) > _NUMBERS:
+            _fill(table, at, groups.pop(kind), score)
+    for group in groups.values():
+        _fill(table, at, group, score)
+
+
+def _fill(
+    table: xr.Dataset, at: int, group: Mapping[int, xr.DataArray], score: Callable[[xr.DataArray], xr.Dataset]
+) -> None:
+    """Score maps of one kind, of the methods in these rows, at once; if that fails, alone, to see whose fault it is."""
+    rows, first = [*group], next(iter(group.values()))
+    labels = {"concept": first["concept"]} if "concept" in first.dims else {}
+    try:
+        found = score(xr.DataArray(np.stack([maps.values for maps in group.values()]), labels, ("method", *first.dims)))
+    except Exception as error:
+        if len(rows) == 1:
+            _fail(table, rows[0], at, error)
+        else:
+            for row, maps in group.items():
+                _fill(table, at, {row: maps}, score)
+        return
+    for name, values in found.data_vars.items():
+        table[name].values[rows, at] = values.transpose("method", *table[name].dims[2:]).values
+    table.failed.values[rows, at], table.scored.values[rows, at] = "", True
+
+
+def _fail(table: xr.Dataset, row: int, at: int, error: Exception) -> None:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    table.failed.values[row, at] = f"{type(error).__name__}: {reason}"
 
 
 def _maps(method: Method, image: np.ndarray, words: list[str]) -> xr.DataArray:
