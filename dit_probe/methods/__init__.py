@@ -15,7 +15,7 @@ Each is a callable ``(images, concepts) -> maps``: ([frame,] y, x, 3) uint8 arra
 | `Baseline` | what other people's methods derive from: scores with every native axis, and a map |
 """
 
-from dit_probe.methods.baseline import Baseline
+from dit_probe.methods.baseline import Baseline, checksum
 from dit_probe.methods.passes import Passes, PipelineMaps, concept_attention
 from dit_probe.methods.published import (
     REFERENCE_BACKGROUND,
@@ -39,6 +39,7 @@ __all__ = [
     "Shuffled",
     "Trivial",
     "centre_gaussian",
+    "checksum",
     "concept_attention",
     "constant",
     "image_saliency",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import xarray as xr
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Kind = Literal["probability", "logit", "relevance"]
 
@@ -23,7 +27,8 @@ class Baseline(ABC):
         kind: what a score is.
         architecture: what the tables call the model: "CLIP ViT", "SDXL UNet".
         forwards: passes of the model an image and, in ``forwards_a_concept``, a concept.
-        backwards: gradient passes an image and, in ``backwards_a_concept``, a concept.
+        backwards: gradient passes an image and, in ``backwards_a_concept``, a concept. A method whose settings decide
+            how many sets them for each instance.
     """
 
     class_agnostic: ClassVar[bool] = False
@@ -56,3 +61,31 @@ class Baseline(ABC):
         return found.mean(
             [dim for dim in found.dims if dim not in ("image", "concept", "frame", "y", "x")], skipna=False
         )
+
+
+def checksum(**modules: nn.Module | None) -> str:
+    """Twelve digits over name, shape and middle number of every parameter: tells one set of weights from another.
+
+    Quantised weights, which have a type of their own, and weights that offloading keeps nowhere count by their shape.
+
+    Args:
+        **modules: the parts of a model by name; None has no weights.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> before = checksum(layer=layer)
+        >>> _ = torch.nn.init.zeros_(layer.weight)
+        >>> checksum(layer=layer) == before, len(before)
+        (False, 12)
+    """
+    import torch
+
+    total = hashlib.sha256()
+    for part in sorted(modules):
+        module = modules[part]
+        for name, parameter in module.named_parameters() if module is not None else ():
+            total.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
+            if type(parameter) is torch.nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
+                total.update(repr(float(parameter.detach().reshape(-1)[parameter.numel() // 2])).encode())
+    return total.hexdigest()[:12]

@@ -14,6 +14,7 @@ import xarray as xr
 from dit_probe import maps as concept_maps
 from dit_probe import schema
 from dit_probe.maps import Direction, Softmax, Space
+from dit_probe.methods.baseline import checksum
 from dit_probe.probe import Combination, Probe
 from dit_probe.protocols import EvaluationError, resize_image
 
@@ -250,20 +251,13 @@ def joint_layers(pipe: Any, layers: Sequence[int] | None) -> tuple[int, ...] | N
 
 
 def described(pipe: Any) -> str:
-    """A pipeline's class, its path and a checksum over one number of every parameter of transformer and encoders."""
+    """A pipeline's class, its path and a checksum of transformer and text encoders."""
     import torch
 
-    total = hashlib.sha256()
-    for part in sorted(name for name in pipe.components if name.startswith(("transformer", "text_encoder"))):
-        module = getattr(pipe, part)
-        for name, parameter in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
-            total.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
-            # Quantised weights have a type of their own, and under offloading some are nowhere.
-            if type(parameter) is torch.nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
-                middle = parameter.detach().reshape(-1)[parameter.numel() // 2]
-                total.update(repr(float(middle)).encode())
+    named = {name: part for name, part in pipe.components.items() if name.startswith(("transformer", "text_encoder"))}
+    weights = checksum(**{name: part for name, part in named.items() if isinstance(part, torch.nn.Module)})
     path = getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", "")
-    return f"{type(pipe).__name__}({str(path)!r}, weights {total.hexdigest()[:12]})"
+    return f"{type(pipe).__name__}({str(path)!r}, weights {weights})"
 
 
 def _each_frame(found: xr.DataArray, frames: int) -> xr.DataArray:
