@@ -11,7 +11,7 @@ import torch
 
 import dit_probe as dp
 from probes.baselines.dense_clip import DenseCLIP
-from probes.baselines.gradients import GradCAM, LeGrad, TransInterp
+from probes.baselines.gradients import GenericAttention, GradCAM, LeGrad
 from probes.baselines.vit_attention import Rollout, ViTAttention
 from tests.baselines_vit_cases import CONCEPTS, NAMES, SCORED, eager, picture, rewritten, vit
 
@@ -115,7 +115,7 @@ def test_gradient_times_attention_over_the_layers(name: str, first: int):
             added = sum((slope[head] * plain.attention[layer][head]).clamp(min=0) for head in range(2)) / 2
             relevance = relevance + added @ relevance
         expected.append(relevance[0, 1:])
-    same(TransInterp(given, first).scores([picture()], CONCEPTS), expected)
+    same(GenericAttention(given, first).scores([picture()], CONCEPTS), expected)
 
 
 @pytest.mark.parametrize("name", SCORED)
@@ -166,7 +166,7 @@ def test_dense_clip_replaces_the_attention_of_the_last_block(attention):
     same(DenseCLIP(given, attention, sigma=1.5).scores([picture()], CONCEPTS), expected)
 
 
-METHODS = (ViTAttention, Rollout, GradCAM, TransInterp, LeGrad, DenseCLIP)
+METHODS = (ViTAttention, Rollout, GradCAM, GenericAttention, LeGrad, DenseCLIP)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -178,7 +178,7 @@ def test_what_a_method_says_of_itself(method, name: str):
     agnostic = name != "CLIPModel" or method in (ViTAttention, Rollout)
     assert made.class_agnostic == agnostic
     assert made.architecture == ("CLIP ViT" if name == "CLIPModel" else "ViT classifier")
-    backward = method in (GradCAM, TransInterp, LeGrad)
+    backward = method in (GradCAM, GenericAttention, LeGrad)
     passes = made.forwards, made.forwards_a_concept, made.backwards, made.backwards_a_concept
     assert passes == (1, 0, int(backward and agnostic), int(backward and not agnostic))
     images = [picture(), picture(1)]
@@ -199,7 +199,7 @@ def test_what_a_method_says_of_itself(method, name: str):
 
 def test_concepts_are_explained_one_by_one():
     given = vit("CLIPModel")
-    for method in (GradCAM(given, form="token"), TransInterp(given), LeGrad(given), DenseCLIP(given)):
+    for method in (GradCAM(given, form="token"), GenericAttention(given), LeGrad(given), DenseCLIP(given)):
         found = method([picture()], CONCEPTS)
         same(method([picture()], CONCEPTS[::-1]), found[:, ::-1].values)
         same(method([picture()], CONCEPTS[1:2]), found[:, 1:2].values)
@@ -207,7 +207,7 @@ def test_concepts_are_explained_one_by_one():
 
 def test_a_map_without_relevance_is_zero_and_counted():
     given = vit("CLIPModel")
-    assert TransInterp(given).scores([picture()], CONCEPTS).attrs["zero_maps"] == 0
+    assert GenericAttention(given).scores([picture()], CONCEPTS).attrs["zero_maps"] == 0
     with torch.no_grad():
         given.blocks[-1].out.weight.zero_()
     for form in ("attention", "token"):
@@ -232,7 +232,7 @@ def test_a_map_without_relevance_is_zero_and_counted():
         (lambda: LeGrad(vit("CLIPModel"), layers=[]), dp.errors.SiteError, r"layers=\[\]"),
         (lambda: GradCAM(vit("CLIPModel"), layers=[-4]), dp.errors.SiteError, r"layers=\[-4\]"),
         (lambda: Rollout(vit("CLIPModel"), start=3), dp.errors.SiteError, "start=3"),
-        (lambda: TransInterp(vit("CLIPModel"), first=3), dp.errors.SiteError, r"layers=\[3\]"),
+        (lambda: GenericAttention(vit("CLIPModel"), first=3), dp.errors.SiteError, r"layers=\[3\]"),
         (lambda: GradCAM(vit("CLIPModel"), form="head"), dp.errors.ProbeError, "form='head'"),
         (lambda: LeGrad(vit("CLIPModel"), score="cosine"), dp.errors.ProbeError, "score='cosine'"),
         (lambda: DenseCLIP(vit("CLIPModel"), attention="kk"), dp.errors.ProbeError, "attention='kk'"),

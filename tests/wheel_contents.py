@@ -14,9 +14,10 @@ LARGEST = 28e6
 
 EXPECTED = (
     "dit_probe/__init__.py",
-    "dit_probe/cli.py",
+    "dit_probe/cli/__init__.py",
     "probes/__init__.py",
     "probes/concept_attention.py",
+    "probes/baselines/vit.py",
 )
 
 

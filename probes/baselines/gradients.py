@@ -123,7 +123,7 @@ class GradCAM(GradientMethod):
 
 
 @dataclass(frozen=True)
-class TransInterp(GradientMethod):
+class GenericAttention(GradientMethod):
     """Gradient times attention over the layers (Chefer et al. 2021b, Generic attention-model explainability).
 
         R <- R + mean_h (G_l^h A_l^h)^+ R,    R_0 = I,    map = R[0, patches]
