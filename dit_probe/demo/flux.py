@@ -11,7 +11,12 @@ from dit_probe.demo.text import CLIP_WIDTH, T5_WIDTH, clip_encoder, clip_tokeniz
 
 GRID = 16
 """Image tokens along each side at full resolution."""
-ZERO_POOLED = 0.35
+ZERO_POOLED = 0.7
+"""Share of the samples without a pooled vector, which also names the objects: image tokens then have to read T5's.
+
+With 0.35 image-to-concept attention told two objects apart in 0.76 of their pixels after 5,800 steps, and no better
+after 800 more on 16 x 16 tokens; sd35-picturebook, trained with 0.6, reached 0.91.
+"""
 
 
 class FluxDenoiser(Denoiser):

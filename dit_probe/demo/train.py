@@ -62,6 +62,7 @@ class Recipe:
         steps: Optimiser steps of the transformer.
         coarse: Share of the budget spent at half resolution; of clips, on first frames.
         batch: Samples a step.
+        coarse_batch: Samples a step in the coarse phase.
     """
 
     denoiser: Callable[[], Denoiser]
@@ -71,12 +72,13 @@ class Recipe:
     steps: int = 9000
     coarse: float = 0.7
     batch: int = 32
+    coarse_batch: int = 32
 
 
 RECIPES: dict[str, Recipe] = {
     "flux-picturebook": Recipe(FluxDenoiser),
     "sd35-picturebook": Recipe(SD3Denoiser),
-    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=1500, coarse=0.5, batch=16),
+    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=2500, coarse=0.6, batch=16),
 }
 
 
@@ -131,7 +133,7 @@ class Trainer:
         """Mean squared error on a batch that depends on the seed and the step only: a resumed run continues."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_000 + self.step)
         latents = self.examples.latents["coarse" if coarse else "fine"]
-        rows, captions, length = self._captions(generator)
+        rows, captions, length = self._captions(generator, self.recipe.coarse_batch if coarse else self.recipe.batch)
         image = latents[rows].float()
         noise = torch.randn(image.shape, generator=generator)
         time = self.model.times(len(rows), generator)
@@ -141,16 +143,16 @@ class Trainer:
             predicted = self.model.predict(seen, time.to(self.device), texts)
         return (predicted - target).square().mean()
 
-    def _captions(self, generator: torch.Generator) -> tuple[torch.Tensor, list[str], int]:
-        """Draw samples, a caption of each, some of them empty, and the number of T5 tokens."""
+    def _captions(self, generator: torch.Generator, count: int) -> tuple[torch.Tensor, list[str], int]:
+        """Draw `count` samples or fewer, a caption of each, some of them empty, and the number of T5 tokens."""
         if torch.rand((), generator=generator) < UNPADDED:
             length = list(self.by_length)[int(torch.multinomial(self.odds, 1, generator=generator))]
             pairs = self.by_length[length]
-            rows, which = pairs[torch.randint(len(pairs), (self.recipe.batch,), generator=generator)].T
+            rows, which = pairs[torch.randint(len(pairs), (count,), generator=generator)].T
         else:
             odds = torch.tensor([row[1] for row in LENGTHS])
             length, _, size = LENGTHS[int(torch.multinomial(odds, 1, generator=generator))]
-            rows = torch.randint(len(self.examples.captions), (min(size, self.recipe.batch),), generator=generator)
+            rows = torch.randint(len(self.examples.captions), (min(size, count),), generator=generator)
             which = torch.randint(CAPTIONS_A_SCENE, rows.shape, generator=generator)
         empty = (torch.rand(len(rows), generator=generator) < EMPTY_CAPTIONS).tolist()
         chosen = [self.examples.captions[row][k] for row, k in zip(rows.tolist(), which.tolist(), strict=True)]
