@@ -143,9 +143,8 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path: Path, monkeypat
     assert len(made) == 1
 
 
-def test_a_folder_of_another_model_is_refused(setting: Setting, found: reproduce.Reproduction):
-    if found.name != "table5":
-        pytest.skip("one study is enough")
+def test_a_folder_of_another_model_is_refused(setting: Setting):
+    reproduce.reproduce("table5", setting)
     other = dp.testing.tiny_pipeline("sd3")
     with pytest.raises(EvaluationError, match="another evaluation"):
         reproduce.reproduce("table5", Setting(other, setting.single, (), setting.folder, progress=False))

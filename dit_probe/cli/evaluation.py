@@ -53,6 +53,7 @@ def evaluate(
     import dit_probe as dp
     from dit_probe import evaluation, methods, summary
     from dit_probe.datasets.opening import open_dataset
+    from dit_probe.datasets.samples import Part
 
     pipe, text = _pipeline(model, device, dtype, offload)
     opened = open_dataset(data or _drawn(pipe), classes=classes, rename=rename, words=words, subset=subset, count=count)
@@ -61,9 +62,9 @@ def evaluate(
     spaces: tuple[Literal["output", "cross", "value"], ...] = ("output", "cross", "value")
     rows: dict[str, evaluation.Method] = {space: passes.method(space, layers=chosen) for space in spaces}
     rows["output, random weights"] = twin.method("output", layers=chosen)
-    rows |= {"noise": methods.noise(), "constant": methods.constant()}
-    rows |= {"centre Gaussian": methods.centre_gaussian(), "image saliency": methods.image_saliency()}
-    typer.echo(str(evaluation.plan(rows, opened, protocol)))
+    rows |= methods.trivial_rows()
+    priced = opened if limit is None else Part(opened, range(min(limit, len(opened))), opened.name)
+    typer.echo(str(evaluation.plan(rows, priced, protocol)))
     if plan:
         return
     found = summary.summarise(

@@ -25,7 +25,7 @@ from dit_probe.methods.published import (
     reference,
 )
 from dit_probe.methods.sanity import Shuffled, random_twin, randomised, shuffled, similarity
-from dit_probe.methods.trivial import GRID, Trivial, centre_gaussian, constant, image_saliency, noise
+from dit_probe.methods.trivial import GRID, Trivial, centre_gaussian, constant, image_saliency, noise, trivial_rows
 
 __all__ = [
     "GRID",
@@ -49,4 +49,5 @@ __all__ = [
     "reference",
     "shuffled",
     "similarity",
+    "trivial_rows",
 ]

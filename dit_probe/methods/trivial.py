@@ -111,6 +111,17 @@ def image_saliency(grid: int = GRID) -> Trivial:
     return Trivial("image_saliency", {"grid": grid}, draw)
 
 
+def trivial_rows() -> dict[str, Trivial]:
+    """The four of them under the names that tables give them, without which no table can be read.
+
+    Example:
+        >>> list(trivial_rows())
+        ['noise', 'constant', 'centre Gaussian', 'image saliency']
+    """
+    made = noise(), constant(), centre_gaussian(), image_saliency()
+    return {method.name.replace("centre_gaussian", "centre Gaussian").replace("_", " "): method for method in made}
+
+
 def blur(
     values: np.ndarray, sigma: float, reach: int | None = None, edge: Literal["edge", "reflect"] = "edge"
 ) -> np.ndarray:

@@ -55,7 +55,7 @@ class Reproduction:
 
     def page(self) -> str:
         """One HTML page that needs no network."""
-        return drawing.drawn(self.name, self.lead, self.panels, {})
+        return drawing.drawn(self.name, self.lead, self.panels)
 
     def write(self, folder: Path) -> Path:
         """Write ``NAME.md``, ``NAME.csv`` and ``NAME.html`` and return the last's path."""

@@ -17,14 +17,13 @@ PAPER = "#d1495b"
 _GRID = "rgba(127,127,127,0.3)"
 
 
-def drawn(title: str, lead: str, panels: Sequence[Panel], facts: dict[str, Any]) -> str:
+def drawn(title: str, lead: str, panels: Sequence[Panel]) -> str:
     """Compose the page of a study.
 
     Args:
         title: of the page.
         lead: what the study asks.
         panels: its tables.
-        facts: name to value.
     """
     sections = []
     for panel in panels:
@@ -32,7 +31,7 @@ def drawn(title: str, lead: str, panels: Sequence[Panel], facts: dict[str, Any])
         body, _, notes = text(panel).partition("\n\n* ")
         sections.append(Section(panel.title, "", figures, code=body.partition("\n\n")[2]))
         sections.append(Section("What to know about it", code=f"* {notes}" if notes else ""))
-    return page(title, sections, lead=lead, facts=facts)
+    return page(title, sections, lead=lead)
 
 
 def intervals(panel: Panel) -> Any:

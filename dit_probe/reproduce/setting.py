@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +52,7 @@ def source(place: str, *, several: bool, count: int, **options: Any) -> Source:
 
     Args:
         place: as for `dit_probe.datasets.opening.open_dataset`.
-        several: all pictures; else those with one object.
+        several: all pictures; else, of drawn scenes and PascalVOC, those with one class. Others are taken whole.
         count: of reported pictures; drawn ones to choose on are a third of it. Of files, the first so many are taken.
         **options: for `open_dataset`.
     """
@@ -123,13 +123,7 @@ class Setting:
         """The pipeline with random weights."""
         return methods.random_twin(self.pipe)
 
-    def trivial(self, row: Callable[[methods.Passes], Method] | None = None) -> dict[str, Method]:
-        """The rows without which a table cannot be read; `row` of the twin's passes, or its output space."""
-        twin = self.passes(self.twin)
-        return {
-            "random weights": twin.method("output", layers=self.last) if row is None else row(twin),
-            "noise": methods.noise(),
-            "constant": methods.constant(),
-            "centre Gaussian": methods.centre_gaussian(),
-            "image saliency": methods.image_saliency(),
-        }
+    def trivial(self) -> dict[str, Method]:
+        """The rows without which a table cannot be read: the model with random weights, and maps of nothing."""
+        twin = self.passes(self.twin).method("output", layers=self.last)
+        return {"random weights": twin, **methods.trivial_rows()}
