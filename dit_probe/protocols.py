@@ -62,6 +62,7 @@ class Protocol:
         classes: whose words a method is given: those ``present`` in the picture, or ``all20``, the whole vocabulary.
         absent: how many words that are not in the picture a method is given beside them, for ``auroc_absent``. Like
             all words, they change the maps of methods that normalise over words, and they are classes to the argmax.
+        compete: is it asked which word is highest at a pixel? A method with one map for all words is then refused.
 
     Raises:
         EvaluationError: a field has a value that does not exist, or two contradict each other.
@@ -84,6 +85,7 @@ class Protocol:
     background: tuple[str, ...] | None = None
     classes: Literal["present", "all20"] = "present"
     absent: int = 0
+    compete: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -146,6 +148,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 image_interpolation="nearest",
                 mask_size=64,
                 void="uncounted",
+                compete=True,
             ),
         )
     }

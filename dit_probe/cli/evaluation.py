@@ -51,7 +51,7 @@ def evaluate(
 ) -> None:
     """Score a model's maps in three spaces, and maps that look at nothing, on pictures with masks."""
     import dit_probe as dp
-    from dit_probe import evaluation, methods, summary
+    from dit_probe import evaluation, methods, protocols, summary
     from dit_probe.datasets.opening import open_dataset
     from dit_probe.datasets.samples import Part
 
@@ -62,7 +62,8 @@ def evaluate(
     spaces: tuple[Literal["output", "cross", "value"], ...] = ("output", "cross", "value")
     rows: dict[str, evaluation.Method] = {space: passes.method(space, layers=chosen) for space in spaces}
     rows["output, random weights"] = twin.method("output", layers=chosen)
-    rows |= methods.trivial_rows()
+    agnostic = not protocols.find(protocol).compete  # where words compete, one map for all of them has no row
+    rows |= {name: row for name, row in methods.trivial_rows().items() if agnostic or not row.class_agnostic}
     priced = opened if limit is None else Part(opened, range(min(limit, len(opened))), opened.name)
     typer.echo(str(evaluation.plan(rows, priced, protocol)))
     if plan:
@@ -96,6 +97,14 @@ def reproduce(
     rename: Rename = None,
     words: Words = None,
     count: Count = 120,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Rows of other people's methods on another model, a folder or hub id: clip, vit-in1k, dino, dinov2, "
+            "dinov2-registers, ibot, sd2, sdxl.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     offload: Offload = False,
@@ -112,7 +121,8 @@ def reproduce(
         for which in (False, True)
     )
     folder = out / Path(model).name
-    setting = reproduction.Setting(pipe, single, several, folder / "numbers", sys.stderr.isatty(), text)
+    others = _baselines(baseline or [], device)
+    setting = reproduction.Setting(pipe, single, several, folder / "numbers", sys.stderr.isatty(), others, text)
     for name in dict.fromkeys(names):
         found = reproduction.reproduce(name, setting)
         page = found.write(folder)
@@ -127,6 +137,22 @@ def _pipeline(model: str, device: str | None, dtype: str | None, offload: bool) 
     pipe = load_pipeline(model, device, dtype, offload)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"max_sequence_length": DEMO_LENGTH} if model in demo.names() else {}
+
+
+def _baselines(named: list[str], device: str | None) -> dict[str, Any]:
+    """Models of other people's methods, by the name of their host."""
+    from dit_probe import methods
+
+    known = {name: host.load for name, host in methods.hosts().items() if host.load is not None}
+    found = {}
+    for one in named:
+        name, _, path = one.partition("=")
+        if name not in known or not path:
+            raise typer.BadParameter(
+                f"{one!r}: give NAME=PATH, NAME one of {', '.join(known)}", param_hint="--baseline"
+            )
+        found[name] = known[name](path, **({"device": device} if device else {}))
+    return found
 
 
 def _drawn(pipe: Any) -> str:

@@ -98,7 +98,7 @@ def plan(
     """
     protocol = with_words(protocol, concepts)
     measured = min(images, len(dataset))
-    check(methods, dataset, measured)
+    check(methods, dataset, protocol, measured)
     timed = {name: _Timed(method) for name, method in methods.items()}
     table = results.empty(timed, dataset, protocol)
     stored = results.opened(None, table, resume=False)

@@ -79,7 +79,7 @@ def evaluate(
     protocol = with_words(protocol, concepts)
     total = len(dataset)
     count = total if limit is None else min(limit, total)
-    check(methods, dataset, count)
+    check(methods, dataset, protocol, count)
     table = results.empty(methods, dataset, protocol)
     stored = None if store is None else results.opened(store, table, resume)
     done = table.scored[:, :count].all("method").values
@@ -110,12 +110,18 @@ def with_words(protocol: str | Protocol, concepts: Sequence[str] | None) -> Prot
     return found if concepts is None else replace(found, background=tuple(concepts))
 
 
-def check(methods: Mapping[str, Method], dataset: Dataset, count: int) -> None:
+def check(methods: Mapping[str, Method], dataset: Dataset, protocol: Protocol, count: int) -> None:
     """Refuse what cannot be evaluated."""
     if not methods or count < 1:
         raise EvaluationError(f"{len(methods)} methods, {count} of {len(dataset)} images: there is nothing to evaluate")
     if twice := [name for name, times in Counter(getattr(dataset, "names", ())).items() if times > 1]:
         raise EvaluationError(f"{dataset.name}: {_TWICE.format(twice[0])}")
+    blind = [name for name, method in methods.items() if getattr(method, "class_agnostic", False)]
+    if protocol.compete and blind:
+        raise EvaluationError(
+            f"{', '.join(blind)}: one map for all words, and protocol {protocol.name!r} asks which word is highest "
+            "at a pixel. Leave class-agnostic methods out, or score their maps as a foreground: protocol='native'"
+        )
 
 
 def score_image(

@@ -13,9 +13,13 @@ Each is a callable ``(images, concepts) -> maps``: ([frame,] y, x, 3) uint8 arra
 | `shuffled` | a method under the wrong words |
 | `similarity` | how alike the maps of two methods are |
 | `Baseline` | what other people's methods derive from: scores with every native axis, and a map |
+| `hosts` | the models that they run on, by entry point, and the rows that each gives |
+| `costs` | seconds and memory of calls, measured in turns |
 """
 
 from dit_probe.methods.baseline import Baseline, checksum
+from dit_probe.methods.cost import Cost, costs
+from dit_probe.methods.hosts import Host, hosts
 from dit_probe.methods.passes import Passes, PipelineMaps, concept_attention
 from dit_probe.methods.published import (
     REFERENCE_BACKGROUND,
@@ -32,6 +36,8 @@ __all__ = [
     "REFERENCE_BACKGROUND",
     "REFERENCE_VOC_BACKGROUND",
     "Baseline",
+    "Cost",
+    "Host",
     "Passes",
     "PipelineMaps",
     "Reference",
@@ -42,6 +48,8 @@ __all__ = [
     "checksum",
     "concept_attention",
     "constant",
+    "costs",
+    "hosts",
     "image_saliency",
     "noise",
     "random_twin",

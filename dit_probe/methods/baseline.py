@@ -55,6 +55,10 @@ class Baseline(ABC):
     def describe(self) -> str:
         """All that decides the maps, with a checksum of the model's weights."""
 
+    @abstractmethod
+    def forward(self, image: np.ndarray) -> object:
+        """Take a picture through the model once and keep nothing: the unit in which tables say what a method costs."""
+
     def __call__(self, images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:
         """Maps, (image, concept, y, x): the mean over native axes."""
         found = self.scores(images, concepts)

@@ -127,6 +127,17 @@ class PipelineMaps:
         own = {name: value for name, value in vars(self).items() if name != "passes"}
         return f"concept_attention({described(self.passes.pipe)}, {json.dumps(own | self.passes.settings)})"
 
+    @property
+    def forwards(self) -> int:
+        """Passes a picture, which other methods of the same passes share."""
+        return len(self.passes.settings["seeds"])
+
+    def forward(self, image: np.ndarray) -> object:
+        """The picture through autoencoder and transformer once, untraced."""
+        own = self.passes.settings
+        picture = image if own["size"] is None else resize_image(image, own["size"])
+        return plain(self.passes.pipe, picture, own["timestep"], own["text"])
+
     def __call__(self, images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:
         """Saliency, (image, concept, [frame,] y, x)."""
         how: Any = {"softmax": self.softmax, "layers": self.layers, "direction": self.direction}
@@ -201,6 +212,13 @@ def traced(
         for seed in seeds:
             encode(pipe, given, prompt, timestep, seed, **text)
     return run.dataset
+
+
+def plain(pipe: Any, picture: np.ndarray, timestep: float, text: Mapping[str, Any]) -> object:
+    """One untraced pass of a picture: the unit in which tables say what a method costs."""
+    from dit_probe.encoding import encode
+
+    return encode(pipe, list(picture) if picture.ndim == 4 else picture, "", timestep, **text)
 
 
 def stacked(maps: Sequence[xr.DataArray], images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:

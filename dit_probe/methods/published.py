@@ -14,7 +14,7 @@ import xarray as xr
 from dit_probe import maps as concept_maps
 from dit_probe.datasets.image_folders import VOC_BACKGROUND
 from dit_probe.datasets.segmentation import IMAGENET_BACKGROUND
-from dit_probe.methods.passes import check, described, joint_layers, own_size, seeds, stacked, traced
+from dit_probe.methods.passes import check, described, joint_layers, own_size, plain, seeds, stacked, traced
 from dit_probe.methods.trivial import blur
 from dit_probe.probe import Probe
 from dit_probe.protocols import EvaluationError, resize_image
@@ -103,6 +103,17 @@ class Reference:
     def describe(self) -> str:
         """The pipeline and all settings, the layers among them."""
         return f"reference({described(self.pipe)}, {json.dumps(asdict(self.settings))})"
+
+    @property
+    def forwards(self) -> int:
+        """Passes a picture."""
+        return len(self.settings.seeds)
+
+    def forward(self, image: np.ndarray) -> object:
+        """The picture through autoencoder and transformer once, untraced."""
+        own = self.settings
+        picture = image if own.size is None else resize_image(image, own.size, own.interpolation)
+        return plain(self.pipe, picture, own.timestep, {"max_sequence_length": own.max_sequence_length})
 
     def __call__(self, images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:
         """Saliency, (image, concept, y, x)."""

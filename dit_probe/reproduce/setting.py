@@ -83,6 +83,7 @@ class Setting:
         several: pictures of any number of classes, likewise.
         folder: where numbers are kept: a store for every set of rows, continued when it is there.
         progress: show bars.
+        baselines: loaded models by the name of their `dit_probe.methods.Host`; each gives rows of Tables 1 to 3.
         text: for the pipeline's ``encode_prompt``.
     """
 
@@ -91,6 +92,7 @@ class Setting:
     several: Sequence[Source]
     folder: Path
     progress: bool = True
+    baselines: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
 
     def passes(self, pipe: Any = None, **options: Any) -> methods.Passes:
@@ -101,8 +103,12 @@ class Setting:
         self, name: str, rows: Mapping[str, Method], dataset: Dataset, protocol: Protocol, **options: Any
     ) -> xr.Dataset:
         """Score rows on pictures, or read them from the folder; studies that share rows give them one name."""
-        store = self.folder / f"{name}-{dataset.name}.zarr".replace("/", "-")
-        return evaluate(rows, dataset, protocol, store=str(store), progress=self.progress, **options)
+        store = str(self.kept(name, dataset, "zarr"))
+        return evaluate(rows, dataset, protocol, store=store, progress=self.progress, **options)
+
+    def kept(self, name: str, dataset: Dataset, suffix: str) -> Path:
+        """Where the numbers of some rows on a data set are kept."""
+        return self.folder / f"{name}-{dataset.name}.{suffix}".replace("/", "-")
 
     @cached_property
     def joint(self) -> int:
@@ -122,6 +128,15 @@ class Setting:
     def twin(self) -> Any:
         """The pipeline with random weights."""
         return methods.random_twin(self.pipe)
+
+    def others(self) -> dict[str, methods.Baseline]:
+        """Rows of other people's methods, "method | host": on the pipeline itself and on the `baselines`."""
+        known = methods.hosts()
+        if unknown := [name for name in self.baselines if name not in known]:
+            raise EvaluationError(f"no methods run on {unknown[0]!r}: there are {', '.join(known)}")
+        found = {name: host.rows(self.pipe, text=self.text) for name, host in known.items() if host.load is None}
+        found |= {name: known[name].rows(model) for name, model in self.baselines.items()}
+        return {f"{method} | {name}": row for name, rows in found.items() for method, row in rows.items()}
 
     def trivial(self) -> dict[str, Method]:
         """The rows without which a table cannot be read: the model with random weights, and maps of nothing."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from dit_probe import methods
 from dit_probe.evaluation import Method
-from dit_probe.reproduce import printed
+from dit_probe.reproduce import facts, printed
 from dit_probe.reproduce.setting import Setting, Source
 from dit_probe.reproduce.tables import Curve, Panel
 from dit_probe.summary import choose
@@ -61,32 +61,52 @@ def table2(setting: Setting) -> list[Panel]:
     return _methods(setting, "table2")
 
 
-def _methods(setting: Setting, table: Any) -> list[Panel]:
-    passes, panels = setting.passes(), []
+def _methods(setting: Setting, table: Literal["table1", "table2"]) -> list[Panel]:
+    passes, panels, model = setting.passes(), [], _model(setting)
     rows: dict[str, Method] = {
         "ConceptAttention": passes.method("output", layers=setting.last),
         "cross-attention": passes.method("cross", layers=setting.last),
         "ConceptAttention, all layers": passes.method("output"),
         "cross-attention, all layers": passes.method("cross"),
     }
-    if model := _model(setting):
+    if model:
         rows["ConceptAttention, reference code"] = methods.reference(setting.pipe, **setting.text)
+    rows |= setting.others()
     for source in setting.single:
         found = setting.evaluate("methods", rows | setting.trivial(), source.reported, source.protocol("paper"))
         kind = "voc" if source.kind == "voc" else "imagenet"
         numbers = printed.methods(table, kind)
-        beside = {
-            row: name
-            for row, name in (
-                ("ConceptAttention", f"ConceptAttention | {model}"),
-                ("cross-attention", f"Cross attention | {model}"),
-            )
-            if name in numbers
-        }
+        beside = _beside(rows, model, numbers)
         columns = f"The paper's columns are those of {_NAMES[kind]}."
         notes = (*_notes(setting, source), _layers(setting), columns, *([_CLIP] if model == "SD3.5 DiT" else []))
-        panels.append(Panel(_title(source), found, kind, numbers, beside, HEADLINE, notes=notes))
+        known = _facts(setting, rows, numbers, source) if table == "table2" else {}
+        notes += (_UNIT,) if known else ()
+        panels.append(Panel(_title(source), found, kind, numbers, beside, HEADLINE, facts=known, notes=notes))
     return panels
+
+
+def _beside(rows: Iterable[str], model: str, numbers: Collection[str]) -> dict[str, str]:
+    """Measured row to the paper's row of the same method on the same architecture."""
+    hosts, found = methods.hosts(), {}
+    for row in rows:
+        method, _, host = row.partition(" | ")
+        architecture = hosts[host].architecture if host else model
+        found[row] = f"{method.replace('cross-attention', 'Cross attention')} | {architecture}"
+    return {row: name for row, name in found.items() if name in numbers}
+
+
+def _facts(
+    setting: Setting, rows: Mapping[str, Method], numbers: Iterable[str], source: Source
+) -> dict[str, facts.Facts]:
+    """Of every row, measured or only printed."""
+    sample, model = source.reported[0], _model(setting) or type(setting.pipe).__name__
+    words, file = [*sample.target, *source.reported.background], setting.kept("facts", source.reported, "json")
+    found = facts.measured(rows, sample.image, words, model, file)
+    for name in numbers:
+        method, _, architecture = name.partition(" | ")
+        if (declared := facts.declared(architecture, method)) is not None:
+            found[name] = declared
+    return found
 
 
 def table3(setting: Setting) -> list[Panel]:
@@ -100,9 +120,9 @@ def table3(setting: Setting) -> list[Panel]:
         "random weights": twin.method("output", layers=setting.last),
         "noise": methods.noise(),
     }
-    model, panels = _model(setting), []
-    beside = {"ConceptAttention": f"ConceptAttention | {model}", "cross-attention": f"Cross attention | {model}"}
-    beside = {row: name for row, name in beside.items() if name in printed.SEVERAL_CLASSES}
+    rows |= {name: row for name, row in setting.others().items() if not row.class_agnostic}
+    panels = []
+    beside = _beside(rows, _model(setting), printed.SEVERAL_CLASSES)
     for source in setting.several:
         # The last word that methods are given is a background word, where the data set has any.
         known = rows | {"all background": LastWord()} if source.reported.background else rows
@@ -282,6 +302,10 @@ STUDIES: Mapping[str, Callable[[Setting], list[Panel]]] = MappingProxyType(
 
 _TRIVIAL = ("random weights", *methods.trivial_rows())
 _CLIP = "The reference code makes SD3.5's concepts of CLIP's states and not of T5's, and averages all layers."
+_UNIT = (
+    "Passes and gradients are those of a picture. Time and memory are in units of one plain pass of the row's own "
+    "model, measured in turns on one picture and its words; rows without them were not run."
+)
 _NAMES = {"imagenet": "ImageNet-Segmentation", "voc": "PascalVOC, single class"}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import xarray as xr
 
+from dit_probe.reproduce.facts import COLUMNS, Facts
 from dit_probe.reproduce.printed import MEANING, Kind, Numbers
 from dit_probe.summary import markdown, summarise
 
@@ -44,6 +45,7 @@ class Panel:
         beside: measured row to the paper's row that it stands beside.
         shown: metrics of `dit_probe.summary.summarise` that follow the printed columns.
         curve: the axis, if the rows are a curve.
+        facts: cells under `dit_probe.reproduce.facts.COLUMNS`, of measured rows and of the paper's.
         notes: where this leaves the paper, and what else has to be known.
     """
 
@@ -54,6 +56,7 @@ class Panel:
     beside: Mapping[str, str]
     shown: tuple[str, ...]
     curve: Curve | None = None
+    facts: Mapping[str, Facts] = field(default_factory=dict, kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @cached_property
@@ -88,12 +91,13 @@ def text(panel: Panel) -> str:
     Rows of the paper that nothing here was measured for come last.
     """
     columns, names = panel.columns, MEANING.get(panel.kind, {}) if panel.printed else {}
-    head = ["method"]
+    facts = COLUMNS if panel.facts else ()
+    head = ["method", *facts]
     for title in columns:
         head += [f"{title}, paper", title] if title in names else [title]
     lines = [head]
     for row in panel.rows:
-        line = [row]
+        line = [row, *panel.facts.get(row, [""] * len(facts))]
         for title, metric in columns.items():
             scale = 100 if title in MEANING.get(panel.kind, {}) else 1
             if title in names:
@@ -102,7 +106,7 @@ def text(panel: Panel) -> str:
         lines.append(line)
     for row in panel.printed:
         if row not in panel.beside.values():
-            line = [row]
+            line = [row, *panel.facts.get(row, [""] * len(facts))]
             for title in columns:
                 line += [_number(panel.paper(row, title)), NOT_MEASURED] if title in names else [NOT_MEASURED]
             lines.append(line)

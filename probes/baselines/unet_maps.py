@@ -37,6 +37,7 @@ class UNetMaps(dp.methods.Baseline):
     timesteps: tuple[float, ...] = TIMESTEPS
 
     kind: ClassVar = "probability"
+    forwards: ClassVar[int] = len(TIMESTEPS)
     interpolation: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -64,6 +65,10 @@ class UNetMaps(dp.methods.Baseline):
     def describe(self) -> str:
         """Model, weights, preprocessing, timesteps and texts."""
         return f"{type(self).__name__}({json.dumps(self.model.attrs | self.settings)})"
+
+    def forward(self, image: np.ndarray) -> object:
+        """The picture through autoencoder and UNet once, told nothing."""
+        return self.model.run(self.model.encode(image), self.model.read(""), 500, lambda layer, q: None)
 
     def scores(self, images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:
         """Mean probability of a concept's tokens, (image, concept, timestep, layer_head, y, x), float32.

@@ -227,11 +227,19 @@ class ViT:
         side = self.size // self.patch
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             seen = Recording((side, side), self.skip, self.pixels(image).requires_grad_(gradients))
-            # DINOv2 interpolates its positions unasked.
-            asked = {} if self.tower.config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": True}
             with watch(self.tower, self.blocks, seen, keep, class_only):
-                self.tower(pixel_values=seen.pixels, **asked)
+                self._run(seen.pixels)
         return seen
+
+    @torch.no_grad()
+    def forward(self, image: np.ndarray) -> Any:
+        """Pass a picture through the vision side once, with the model's own attention."""
+        return self._run(self.pixels(image))
+
+    def _run(self, pixels: Tensor) -> Any:
+        # DINOv2 interpolates its positions unasked.
+        asked = {} if self.tower.config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": True}
+        return self.tower(pixel_values=pixels, **asked)
 
     def _ready(self) -> None:
         if self.model.training:

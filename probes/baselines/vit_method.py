@@ -62,6 +62,10 @@ class ViTMethod(dp.methods.Baseline):
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "vit"}
         return f"{type(self).__name__}({self.vit.describe()}, {json.dumps(own, default=list)})"
 
+    def forward(self, image: np.ndarray) -> object:
+        """The picture through the vision side once."""
+        return self.vit.forward(image)
+
     def scores(self, images: Sequence[np.ndarray], concepts: Sequence[str]) -> xr.DataArray:
         """Scores, (image, concept, *axes, y, x), with the attributes of `ViT.attrs`.
 
