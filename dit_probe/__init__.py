@@ -15,7 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_probe import demo, errors, figures, maps, methods, metrics, schema, store, summary, testing
+    from dit_probe import (
+        demo,
+        diagnostics,
+        edits,
+        errors,
+        figures,
+        maps,
+        methods,
+        metrics,
+        schema,
+        self_attention,
+        store,
+        summary,
+        testing,
+    )
+    from dit_probe.edit import Edit
     from dit_probe.encoding import encode
     from dit_probe.evaluation import evaluate
     from dit_probe.probe import Observation, Probe
@@ -25,9 +40,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Edit",
     "Observation",
     "Probe",
     "demo",
+    "diagnostics",
+    "edits",
     "encode",
     "errors",
     "evaluate",
@@ -37,6 +55,7 @@ __all__ = [
     "metrics",
     "open",
     "schema",
+    "self_attention",
     "store",
     "summary",
     "testing",
@@ -45,6 +64,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "Edit": "edit",
     "Observation": "probe",
     "Probe": "probe",
     "encode": "encoding",

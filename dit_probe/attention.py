@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +39,49 @@ class AttentionCall:
     scale: float
 
 
+class Changes(Protocol):
+    """What changes an attention call while it is made."""
+
+    def joint(self, letter: str, tensor: Tensor) -> Tensor:
+        """q, k, v or o in place of the one given, (row, token, head, head_dim)."""
+        ...
+
+    def mask(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """The mask in place of the one given."""
+        ...
+
+
 class AttentionTap:
-    """Collects the attention calls that the thread makes between `open` and `close`; taps may be nested."""
+    """Collects the attention calls that the thread makes between `open` and `close`; taps may be nested.
+
+    Attributes:
+        calls: as they were made, changes included.
+        unchanged: the calls over all tokens as they would have been made, where that was asked for.
+        changed: how many calls were changed.
+    """
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
+        self.unchanged: list[AttentionCall] = []
+        self.changed = 0
+        self._changes: Changes | None = None
+        self._shape: tuple[int, int] | None = None
+        self._both = False
         self._depth = 0
         self._mode: TorchFunctionMode | None = None
 
-    def open(self) -> None:
-        """Start listening."""
+    def open(self, changes: Changes | None = None, shape: tuple[int, int] | None = None, *, both: bool = False) -> None:
+        """Start listening.
+
+        Args:
+            changes: made to calls in which all tokens of all rows attend to each other.
+            shape: so many (rows, tokens).
+            both: make these calls unchanged as well.
+        """
         self.calls.clear()
+        self.unchanged.clear()
+        self.changed = 0
+        self._changes, self._shape, self._both = changes, shape, both
         self._depth = 0
         self._mode = _FunctionMode(self)
         self._mode.__enter__()
@@ -70,11 +102,21 @@ class AttentionTap:
     ) -> Any:
         """Make an attention call and keep it, unless it is made inside another one."""
         outermost = self._depth == 0
+        changes = self._changes if outermost and _shape(args, kwargs, heads_first) == self._shape else None
         self._depth += 1
         try:
+            if changes is not None:
+                if self._both:
+                    self.unchanged.append(_call(args, kwargs, function(*args, **kwargs), heads_first))
+                args, kwargs = _changed(changes, args, kwargs, heads_first)
             result = function(*args, **kwargs)
         finally:
             self._depth -= 1
+        if changes is not None:
+            self.changed += 1
+            o, *rest = result if isinstance(result, tuple) else (result,)
+            o = _turned(changes.joint("o", _turned(o, heads_first)), heads_first)
+            result = (o, *rest) if isinstance(result, tuple) else o
         if outermost:
             self.calls.append(_call(args, kwargs, result, heads_first))
         return result
@@ -171,19 +213,45 @@ class _FunctionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_NAMES = ("query", "key", "value", "attn_mask")
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention call by name; torch and all backends agree about the first four."""
+    return {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
+def _turned(tensor: Tensor, heads_first: bool) -> Tensor:
+    """Between the call's own order and (row, token, head, head_dim)."""
+    return tensor.transpose(1, 2) if heads_first else tensor
+
+
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any], heads_first: bool) -> tuple[int, int] | None:
+    """Rows, and tokens that attend to each other; None where queries and keys are not of the same tokens."""
+    given = _named(args, kwargs)
+    q, k = (_turned(given[name], heads_first).shape[:2] for name in _NAMES[:2])
+    return (q[0], q[1]) if q == k else None
+
+
+def _changed(changes: Changes, args: tuple[Any, ...], kwargs: dict[str, Any], heads_first: bool) -> Any:
+    """Arguments of an attention call with q, k, v and mask changed."""
+    given = _named(args, kwargs)
+    for letter, name in zip("qkv", _NAMES, strict=False):
+        given[name] = _turned(changes.joint(letter, _turned(given[name], heads_first)), heads_first)
+    given["attn_mask"] = changes.mask(given.get("attn_mask"), _turned(given["query"], heads_first))
+    by_name = {name: given[name] for name in _NAMES[len(args) :] if given[name] is not None}
+    return (*(given[name] for name in _NAMES[: len(args)]), *args[4:]), {**kwargs, **by_name}
+
+
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, heads_first: bool) -> AttentionCall:
-    names = ("query", "key", "value", "attn_mask")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _named(args, kwargs)
     o = result[0] if isinstance(result, tuple) else result
-    tensors = [given["query"], given["key"], given["value"], o]
-    if heads_first:
-        tensors = [tensor.transpose(1, 2) for tensor in tensors]
+    q, k, v, o = (_turned(tensor, heads_first) for tensor in (given["query"], given["key"], given["value"], o))
     scale = given.get("scale")
-    q, k, v, o = tensors
     if k.shape[2] != q.shape[2]:  # grouped-query attention: every key head serves several query heads
         k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], dim=2) for part in (k, v))
-    tensors = [q, k, v, o]
-    return AttentionCall(*tensors, mask=given.get("attn_mask"), scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionCall(q, k, v, o, given.get("attn_mask"), scale)
 
 
 def attention_weights(call: AttentionCall, rows: slice, head: int) -> Tensor:

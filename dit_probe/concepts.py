@@ -70,6 +70,23 @@ def check_tokens(anatomy: Anatomy, pipe: Any, words: Sequence[str], embed: str, 
             )
 
 
+def check_embeddings(embeddings: Tensor, words: Sequence[str]) -> None:
+    """Refuse concept embeddings that are given in place of words, where they do not fit the words.
+
+    Raises:
+        ConceptError: other dims, or another number.
+    """
+    if embeddings.ndim not in (2, 3):
+        raise ConceptError(
+            f"concepts must be (concept, width) or (sample, concept, width), found {tuple(embeddings.shape)}"
+        )
+    if len(words) != embeddings.shape[-2]:
+        raise ConceptError(
+            f"{embeddings.shape[-2]} concept embeddings for {len(words)} names ({', '.join(words)}); "
+            "the probe's concepts name the embeddings in order"
+        )
+
+
 @torch.no_grad()
 def embed_words(
     anatomy: Anatomy, pipe: Any, words: Sequence[str], prompts: Sequence[str | None], *, embed: str, limit: int

@@ -29,6 +29,10 @@ class ReplayError(TraceError):
     """The concept stream, run on the prompt's own tokens, does not give what the model gives."""
 
 
+class EditError(DitProbeError):
+    """An edit cannot be made, or was never made."""
+
+
 class StoreError(DitProbeError):
     """A store cannot be created, continued or read."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_probe.anatomy import Block, Places
+from dit_probe.edit import BlockEdits
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Forward:
         places: where image and prompt stand in the joint sequence.
         through: the last layer that the concept stream reaches.
         verify: layers to replay.
+        edits: layer to what is edited there.
     """
 
     step: int
@@ -38,13 +40,14 @@ class Forward:
     pads: Mapping[str, Tensor] = field(default_factory=dict)
     through: int = -1
     verify: frozenset[int] = frozenset()
+    edits: Mapping[int, BlockEdits] = field(default_factory=dict)
     c: dict[str, Tensor] = field(default_factory=dict)
     temb: dict[str, Tensor] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def active(self, block: Block) -> bool:
-        """Whether anything is to be gathered in a block: a variable, or a concept stream on its way to one."""
-        if block.layer in self.layers | self.verify:
+        """Whether anything is to be done in a block: gathered, edited, or a concept stream taken through."""
+        if block.layer in self.layers | self.verify | self.edits.keys():
             return True
         return self.embeddings is not None and block.layer < min(self.through + 1, max(self.layers, default=0))
 

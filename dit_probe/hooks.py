@@ -7,6 +7,7 @@ under every offloading scheme, while in the block's own hook they may have left 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -200,7 +201,12 @@ class Hooks:
     def _before_attention(self, block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if not self._idle(block):
-                self._tap.open()
+                forward = self._forward
+                assert forward is not None
+                edits = forward.edits.get(block.layer)
+                changes = edits if edits is not None and edits.on_attention else None
+                shape = self._anatomy.rows(forward.arguments), forward.places.total
+                self._tap.open(changes, shape, both=block.layer in forward.verify)
             elif self._forward is not None and not self._busy:
                 self._forward.seen.add(block.layer)
 
@@ -230,6 +236,9 @@ class Hooks:
                 x, p = self._anatomy.outputs(block, output, forward.places)
                 if self._replayed is not None:
                     stream.check_replay(self._anatomy, *self._replayed, p)
+            if (edits := forward.edits.get(block.layer)) is not None:
+                edits.residuals({"x": x, "p": p}, output)
+            with self._quietly():
                 residuals = {"x": x, "p": p}
                 for branch, rows in forward.branches.items():
                     for name in self._wanted(block) & residuals.keys():
@@ -244,8 +253,16 @@ class Hooks:
             return
         call = stream.BlockCall.read(anatomy, block, self._arguments, self._tap.calls, forward.places)
         forward.seen.add(block.layer)
+        edits = forward.edits.get(block.layer)
+        edited = edits is not None and edits.on_attention
+        if edits is not None and edited:
+            edits.check_attention(self._tap.changed)
         if block.layer in forward.verify:
-            self._replayed = call, stream.replay(anatomy, call)
+            before = self._tap.unchanged if edited else self._tap.calls
+            original = stream.BlockCall.read(anatomy, block, self._arguments, before, forward.places)
+            step = stream.replay(anatomy, original)
+            # What the block hands on follows from the edited attention, which the replay does not know.
+            self._replayed = original, replace(step, c=None) if edited else step
         whole = self._image_and_prompt(call)
         if forward.embeddings is not None and not anatomy.fast:
             self._waiting.append((call, whole))

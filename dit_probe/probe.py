@@ -219,7 +219,7 @@ class Combination(tuple[Probe, ...]):
         """
         chosen: dict[str, set[int]] = {}
         for probe in self:
-            wanted = _layers(probe.layers, blocks, model)
+            wanted = layers_of(probe.layers, blocks, model)
             for name, needs in probe.variables.items():
                 have = {block.layer for block in blocks if not any(_missing(n, block, probe.through) for n in needs)}
                 if probe.layers is not None and not isinstance(probe.layers, str):
@@ -247,7 +247,12 @@ class Combination(tuple[Probe, ...]):
         return {name: tuple(sorted(steps)) for name, steps in chosen.items()}
 
 
-def _layers(wanted: Sequence[int] | str | None, blocks: Sequence[Block], model: str) -> set[int]:
+def layers_of(wanted: Sequence[int] | str | None, blocks: Sequence[Block], model: str) -> set[int]:
+    """Layers that a probe or an edit names: None or "joint", "single", "all", or indices.
+
+    Raises:
+        SiteError: a layer, or a kind of block, that the model does not have.
+    """
     if wanted is None or isinstance(wanted, str):
         kinds = {"all": ("joint", "single")}.get(wanted or "joint", (wanted or "joint",))
         found = {block.layer for block in blocks if block.kind in kinds}

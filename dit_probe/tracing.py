@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dit_probe import guidance, pipelines, planning, schema, store
 from dit_probe.anatomy import Places, find, transformer_of
-from dit_probe.concepts import check_tokens, embed_words
+from dit_probe.concepts import check_embeddings, check_tokens, embed_words
+from dit_probe.edit import Edit, Edits
 from dit_probe.errors import ConceptError, ModelError, ProbeError, TraceError
 from dit_probe.forward import Forward
 from dit_probe.hooks import Hooks
@@ -33,11 +34,12 @@ def trace(
     store: Any = None,
     mode: str | None = None,
     concepts: Tensor | None = None,
+    edits: Sequence[Edit] = (),
     branch: str = "cond",
     verify: str | None = "first",
     progress: bool = True,
 ) -> Run:
-    """Record what the probes ask for while a pipeline or transformer runs; nothing that it computes changes.
+    """Record what the probes ask for while a pipeline or transformer runs; only `edits` change what it computes.
 
     Args:
         model: a diffusers pipeline (Flux, SD3, CogVideoX), or its bare transformer.
@@ -46,7 +48,9 @@ def trace(
         mode: None creates a store or completes one that was cut short; "a" appends samples; "w" overwrites.
         concepts: concept embeddings (concept, text width) or (sample, concept, text width) instead of encoding the
             probe's words; required with a bare transformer and concepts.
-        branch: "cond", "uncond" or "both" halves of classifier-free guidance.
+        edits: changes of activations, made in this order where they meet; probes record the changed ones. With edits
+            alone nothing is recorded.
+        branch: which is recorded: "cond", "uncond" or "both" halves of classifier-free guidance.
         verify: "first" replays the first step of the first block and refuses a model that its anatomy does not
             describe (`dit_probe.stream.replay`); None trusts it.
         progress: show steps and bytes written.
@@ -61,6 +65,7 @@ def trace(
         ProbeError: the probes contradict each other, or there are none.
         SiteError: a layer, step or activation that does not exist.
         ConceptError: the concepts or their embeddings cannot be used.
+        EditError: an edit that cannot be made, or that was not when the trace ends.
         StoreError: the store exists, or belongs to another model or grid.
         TraceError: hooks that did not fire, or steps that were never reached.
 
@@ -73,7 +78,7 @@ def trace(
         >>> dict(run.dataset.o_x.sizes)
         {'sample': 1, 'step': 2, 'layer': 3, 'image_token': 16, 'head': 2, 'head_dim': 16}
     """
-    return Run(model, Combination(*probes), store, mode, concepts, branch, verify, progress)
+    return Run(model, Combination(*probes), store, mode, concepts, edits, branch, verify, progress)
 
 
 class Run:
@@ -86,6 +91,7 @@ class Run:
         target: Any,
         mode: str | None,
         concepts: Tensor | None,
+        edits: Sequence[Edit],
         branch: str,
         verify: str | None,
         progress: bool,
@@ -95,6 +101,7 @@ class Run:
         self._probes, self._target, self._mode = probes, target, mode
         self._branch, self._verify, self._progress = branch, verify, progress
         self._concepts = None if concepts is None else concepts.detach()
+        self._edits = Edits(edits, self._anatomy.blocks(self._model), type(self._model).__name__)
         self._writer: store.Writer | None = None
         self._generation: Generation | None = None
         self._bar: Any = None
@@ -104,7 +111,7 @@ class Run:
         self._check()
 
     def _check(self) -> None:
-        if not self._probes.names:
+        if not self._probes.names and (self._probes or not self._edits):
             raise ProbeError("nothing to record: give a probe with record=…, scores=… or observations of its own")
         if self._branch not in (*schema.BRANCHES, "both"):
             raise ProbeError(f"branch={self._branch!r}; choose cond, uncond or both")
@@ -131,15 +138,7 @@ class Run:
                 )
             check_tokens(self._anatomy, self._pipe, stream.concepts, stream.embed, self._anatomy.text_limit(self._pipe))
             return
-        if self._concepts.ndim not in (2, 3):
-            raise ConceptError(
-                f"concepts must be (concept, width) or (sample, concept, width), found {tuple(self._concepts.shape)}"
-            )
-        if len(stream.concepts) != self._concepts.shape[-2]:
-            raise ConceptError(
-                f"{self._concepts.shape[-2]} concept embeddings for {len(stream.concepts)} names "
-                f"({', '.join(stream.concepts)}); the probe's concepts name the embeddings in order"
-            )
+        check_embeddings(self._concepts, stream.concepts)
         if stream.pooled == "concepts" and self._pipe is None:
             raise ConceptError("pooled='concepts' encodes words with CLIP and needs the pipeline")
 
@@ -178,8 +177,10 @@ class Run:
             if self._writer is not None:
                 self._undo.push(_last(self._writer.close))
             generation, self._generation = self._generation, None
-            if kind is None and generation is not None:
-                self._finish(generation, None)
+            if kind is None:
+                if generation is not None:
+                    self._finish(generation, None)
+                self._edits.check_made()
 
     @contextlib.contextmanager
     def generation(self, generation: Generation, limit: int | None = None) -> Iterator[Generation]:
@@ -235,7 +236,7 @@ class Run:
 
     def _finish(self, generation: Generation, pictures: Sequence[np.ndarray] | None) -> None:
         if self._writer is None or not generation.slots:
-            if self._writer is None:
+            if self._writer is None and self._probes:
                 raise TraceError("the pipeline ran, but its transformer was never called: nothing was recorded")
             return
         if pictures is not None and len(pictures) == len(generation.slots):
@@ -258,12 +259,11 @@ class Run:
         branches = guidance.branches(generation, rows, self._context, calls, self._anatomy.halves, guided)
         guidance.check(self._branch, generation, branches, self._context, calls)
         places = self._anatomy.places(self._model, arguments)
-        if not generation.slots:
-            self._open(generation, arguments, places)
-        elif self._pipe is None and self._writer is not None:
-            self._writer.set_timestep(generation.step, self._anatomy.time(arguments))
-        writer = self._writer
-        assert writer is not None
+        if not generation.timesteps:
+            self._schedule(generation, arguments)
+        blocks = self._anatomy.blocks(self._model)
+        edits = self._edits.of(blocks, places, generation.step, len(generation.timesteps), branches)
+        edited = Forward(generation.step, {}, {}, arguments, places, edits=edits) if edits else None
         for name in branches:
             if (generation.step, name) in generation.ran:
                 raise TraceError(
@@ -271,8 +271,16 @@ class Run:
                     "calls apart (no cache_context). Trace without this kind of guidance"
                 )
             generation.ran.add((generation.step, name))
+        if not self._probes:
+            return edited
+        if not generation.slots:
+            self._open(generation, arguments, places)
+        elif self._pipe is None and self._writer is not None:
+            self._writer.set_timestep(generation.step, self._anatomy.time(arguments))
+        writer = self._writer
+        assert writer is not None
         if all(writer.skipped(slot) for slot in generation.slots):
-            return None
+            return edited
         chosen = {name: where for name, where in branches.items() if self._branch in (name, "both")}
         wanted = {
             variable.name: variable.layers
@@ -280,8 +288,7 @@ class Run:
             if variable.layers is not None and generation.step in (variable.steps or ())
         }
         if not chosen or not (wanted or not self._verified):
-            return None
-        blocks = self._anatomy.blocks(self._model)
+            return edited
         known = self._anatomy.fast and not self._verified
         verify = planning.to_verify(writer.layout, blocks) if known else frozenset()
         self._verified = True
@@ -297,6 +304,7 @@ class Run:
             pads=generation.pads,
             through=-1 if embeddings is None else self._probes.reach(blocks),
             verify=verify,
+            edits=edits,
         )
 
     def _needs_stream(self, wanted: Mapping[str, Any]) -> bool:
@@ -319,15 +327,18 @@ class Run:
         generation.step += 1
         return generation
 
+    def _schedule(self, generation: Generation, arguments: Mapping[str, Any]) -> None:
+        """The steps of a run; of a bare transformer, as many as probes and edits name."""
+        if self._pipe is None:
+            named = (step for probe in self._probes for step in probe.steps or ())
+            unknown = [float("nan")] * (1 + max(self._edits.last_step, *named, 0))
+            generation.timesteps, generation.sigmas = [self._anatomy.time(arguments), *unknown[1:]], unknown
+        else:
+            generation.timesteps, generation.sigmas = pipelines.schedule(self._pipe)
+        self._edits.check_steps(len(generation.timesteps))
+
     def _open(self, generation: Generation, arguments: Mapping[str, Any], places: Places) -> None:
         """Lay out the store at the first call, when all sizes are known, and claim slots for the samples."""
-        if not generation.timesteps:
-            if self._pipe is None:
-                count = 1 + max((step for probe in self._probes for step in probe.steps or ()), default=0)
-                unknown = [float("nan")] * count
-                generation.timesteps, generation.sigmas = [self._anatomy.time(arguments), *unknown[1:]], unknown
-            else:
-                generation.timesteps, generation.sigmas = pipelines.schedule(self._pipe)
         prompt_tokens = places.prompt_tokens
         stream = self._probes.stream
         layout = planning.layout(

@@ -22,11 +22,12 @@ FLOW = (
     ("errors", "schema"),
     ("anatomy", "attention"),
     ("concepts", "stream", "probe", "planning"),
-    ("pipelines", "guidance", "rehearsal", "forward", "hooks", "transfer"),
+    ("pipelines", "guidance", "rehearsal", "edit", "forward", "hooks", "transfer"),
     ("store",),
-    ("recording", "tracing", "edit", "encoding"),
+    ("recording", "tracing", "encoding", "edits"),
     ("selection",),
     ("maps",),
+    ("self_attention", "diagnostics"),
     ("rows",),
     ("metrics", "statistics"),
     ("panels", "figures"),
@@ -40,7 +41,18 @@ FLOW = (
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
-OFFLINE = ("selection", "maps", "rows", "metrics", "statistics", "panels", "figures", "report")
+OFFLINE = (
+    "selection",
+    "maps",
+    "self_attention",
+    "diagnostics",
+    "rows",
+    "metrics",
+    "statistics",
+    "panels",
+    "figures",
+    "report",
+)
 OFFLINE_MAY_IMPORT = {*OFFLINE, "errors", "schema", "store"}
 MODEL_LIBRARIES = {"torch", "diffusers", "transformers"}
 HEAVY = ("diffusers", "transformers", "plotly", "nnsight", "transformer_lens")
