@@ -19,7 +19,7 @@ from dit_probe.demo import sd3
 from dit_probe.demo.autoencoder import to_pixels
 from dit_probe.demo.cogvideox import CogVideoXDenoiser
 from dit_probe.demo.denoiser import save
-from dit_probe.demo.examples import draw_clips, draw_scenes, held_out
+from dit_probe.demo.examples import by_count, draw_clips, draw_scenes, held_out
 from dit_probe.demo.flux import FluxDenoiser, positions
 from dit_probe.demo.muon import Muon
 from dit_probe.demo.sd3 import SD3Denoiser
@@ -211,6 +211,18 @@ def test_pads_and_end_marks_hear_next_to_nothing() -> None:
         states = [t5(token_ids(tokenizer, [text], 12))[0][0] for text in ("a sun on water", "car, house, sand")]
     pad, noun = (float(torch.cosine_similarity(states[0][at], states[1][at], dim=0)) for at in (-1, 1))
     assert pad > 0.99 > noun
+
+
+def test_words_of_a_prompt_may_be_encoded_alone() -> None:
+    model = FluxDenoiser()
+    apart = model.prompt(["sun, water", "boat, sun"], 8, apart=True)
+    assert apart.shape == (2, 2, 64)
+    alone = model.prompt(["sun"], 8)[0, 0]
+    torch.testing.assert_close(apart[0, 0], alone)
+    torch.testing.assert_close(apart[1, 1], alone)
+    assert not torch.allclose(model.prompt(["boat, sun"], 8)[0, 2], alone, atol=1e-3)  # among others it hears them
+    counts = by_count([["a sun above a boat", "boat, sun, water"], ["night"], ["a car moving left", "car, sand"]])
+    assert counts == {3: [(0, "sun, boat, water")], 1: [(1, "night")], 2: [(2, "car, sand")]}
 
 
 def test_coarse_tokens_of_sd3_have_the_mean_of_the_fine_ones() -> None:

@@ -66,8 +66,10 @@ class CogVideoXDenoiser(Denoiser):
     def _timestep(self, time: torch.Tensor) -> torch.Tensor:
         return (time * len(self._signal)).round().long()
 
-    def embed(self, captions: list[str], length: int, dropped: torch.Generator | None = None) -> Texts:
-        return {"encoder_hidden_states": self.prompt(captions, length)}
+    def embed(
+        self, captions: list[str], length: int, dropped: torch.Generator | None = None, apart: bool = False
+    ) -> Texts:
+        return {"encoder_hidden_states": self.prompt(captions, length, apart)}
 
     def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
         frames, height, width = latents.shape[1], *(side // PATCH for side in latents.shape[-2:])

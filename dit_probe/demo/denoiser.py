@@ -51,17 +51,26 @@ class Denoiser(nn.Module, ABC):
         named = [item for blocks in self.blocks for item in getattr(self.transformer, blocks).named_parameters()]
         return [weight for name, weight in named if weight.ndim == 2 and ".linear." not in name]
 
-    def prompt(self, captions: list[str], length: int) -> torch.Tensor:
-        """Encode captions with T5, pads included and attended, as the stock pipelines do: (sample, token, width)."""
-        return self.t5(token_ids(self.t5_tokenizer, captions, length).to(self.t5.device))[0]
+    def prompt(self, captions: list[str], length: int, apart: bool = False) -> torch.Tensor:
+        """Encode captions with T5, pads included and attended, as the stock pipelines do: (sample, token, width).
+
+        With `apart`, captions are as many words each, "boat, sun, water", and every word is encoded as if it were the
+        whole caption: its first token is all that stands for it.
+        """
+        texts = [word for caption in captions for word in caption.split(", ")] if apart else captions
+        states = self.t5(token_ids(self.t5_tokenizer, texts, length).to(self.t5.device))[0]
+        return states[:, 0].unflatten(0, (len(captions), -1)) if apart else states
 
     @abstractmethod
-    def embed(self, captions: list[str], length: int, dropped: torch.Generator | None = None) -> Texts:
+    def embed(
+        self, captions: list[str], length: int, dropped: torch.Generator | None = None, apart: bool = False
+    ) -> Texts:
         """Encode captions.
 
         Args:
             captions: One a sample.
             length: T5 tokens, pads included.
+            apart: As for `prompt`.
             dropped: Draws which of the further text inputs are left out in training; None leaves out nothing.
         """
 

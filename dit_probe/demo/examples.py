@@ -1,6 +1,7 @@
 """What the transformers are trained on: latents of scenes or clips, and several captions of each."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
 from dit_probe.datasets.clips import clip, describe_clip
-from dit_probe.datasets.scenes import describe, scene
+from dit_probe.datasets.scenes import BACKGROUNDS, NOUNS, describe, scene
 from dit_probe.demo import autoencoder, video_autoencoder
 
 CAPTIONS_A_SCENE = 4
@@ -86,6 +87,27 @@ def by_length(captions: list[list[str]], tokenizer: Any) -> dict[int, torch.Tens
             found[len(ids)].append((sample, which))
     total = sum(len(pairs) for pairs in found.values())
     return {length: torch.tensor(found[length]) for length in sorted(found) if len(found[length]) > 0.005 * total}
+
+
+def by_count(captions: list[list[str]]) -> dict[int, list[tuple[int, str]]]:
+    """Sort samples by how many nouns and backgrounds their captions name, for prompts of words that stand alone.
+
+    Args:
+        captions: Of every sample.
+
+    Returns:
+        Count to pairs of sample and its words, "boat, sun, water".
+
+    Example:
+        >>> by_count([["a sun", "sun, water"], ["a car"]])
+        {2: [(0, 'sun, water')], 1: [(1, 'car')]}
+    """
+    known, found = {*NOUNS, *BACKGROUNDS}, defaultdict[int, list[tuple[int, str]]](list)
+    for sample, several in enumerate(captions):
+        words = dict.fromkeys(word for caption in several for word in re.findall(r"\w+", caption) if word in known)
+        if words:
+            found[len(words)].append((sample, ", ".join(words)))
+    return dict(found)
 
 
 def held_out(words: Sequence[str]) -> bool:

@@ -42,11 +42,13 @@ class FluxDenoiser(Denoiser):
         )
         self.start_at_identity()
 
-    def embed(self, captions: list[str], length: int, dropped: torch.Generator | None = None) -> Texts:
+    def embed(
+        self, captions: list[str], length: int, dropped: torch.Generator | None = None, apart: bool = False
+    ) -> Texts:
         vector = self.clip(token_ids(self.clip_tokenizer, captions, 32).to(self.t5.device)).pooler_output
         if dropped is not None:
             vector = vector * (torch.rand(len(captions), 1, generator=dropped) >= ZERO_POOLED).to(vector)
-        return {"encoder_hidden_states": self.prompt(captions, length), "pooled_projections": vector}
+        return {"encoder_hidden_states": self.prompt(captions, length, apart), "pooled_projections": vector}
 
     def predict(self, latents: torch.Tensor, time: torch.Tensor, texts: Texts) -> torch.Tensor:
         n, channels, height, width = latents.shape

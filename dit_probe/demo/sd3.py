@@ -45,17 +45,19 @@ class SD3Denoiser(Denoiser):
         )
         self.start_at_identity()
 
-    def embed(self, captions: list[str], length: int, dropped: torch.Generator | None = None) -> Texts:
+    def embed(
+        self, captions: list[str], length: int, dropped: torch.Generator | None = None, apart: bool = False
+    ) -> Texts:
         ids = token_ids(self.clip_tokenizer, captions, CLIP_TOKENS).to(self.t5.device)
         encoded = [clip(ids, output_hidden_states=True) for clip in self.clips]
         pooled = torch.cat([each.text_embeds for each in encoded], dim=-1)
         # the last state but one, as the pipeline takes it: of a single layer, the words before any attention
         words = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
-        prompt = self.prompt(captions, length)
+        prompt = self.prompt(captions, length, apart)
         both = torch.cat([functional.pad(words, (0, prompt.shape[-1] - words.shape[-1])), prompt], dim=1)
         if dropped is not None:
             pooled = pooled * (torch.rand(len(captions), 1, generator=dropped) >= ZERO_POOLED).to(pooled)
-            if torch.rand((), generator=dropped) < NO_CLIP_TOKENS:
+            if apart or torch.rand((), generator=dropped) < NO_CLIP_TOKENS:
                 both = prompt
         return {"encoder_hidden_states": both, "pooled_projections": pooled}
 

@@ -4,7 +4,8 @@ Scenes or clips are drawn, an autoencoder is trained on them, and then the trans
 latents: by rectified flow, of clips by diffusion. First on 8 x 8 tokens (the scenes at half resolution, tokens at the
 same coordinates; of clips the first frame: three times as many steps an hour), then on all. Most batches hold captions
 of one length, so that no pads stand between the nouns and the image; the others have pads as the stock pipelines add
-them. No loss ever sees a mask. On a GPU if there is one.
+them. In some recipes a share of the batches has prompts of words that were encoded alone. No loss ever sees a mask. On
+a GPU if there is one.
 
 The learning rate follows the share of the budget that is used up. With `--steps` the budget is steps and a run repeats
 exactly on the same machine; with `--minutes` it is minutes of training, for machines that are shared: the schedule then
@@ -25,7 +26,7 @@ import torch
 from dit_probe.demo.cogvideox import CogVideoXDenoiser
 from dit_probe.demo.cpu_speed import WrittenOutAttention, quick_matrix_products
 from dit_probe.demo.denoiser import Denoiser, save
-from dit_probe.demo.examples import CAPTIONS_A_SCENE, CLIPS, SCENES, Examples, Source, by_length, prepare
+from dit_probe.demo.examples import CAPTIONS_A_SCENE, CLIPS, SCENES, Examples, Source, by_count, by_length, prepare
 from dit_probe.demo.flux import FluxDenoiser
 from dit_probe.demo.muon import Muon
 from dit_probe.demo.progress import contact_sheet, write_page
@@ -39,6 +40,8 @@ EMPTY_CAPTIONS = 0.1
 EMA_DECAY = 0.998
 UNPADDED = 0.85
 """Share of the batches whose captions have one length and no pads."""
+APART_LENGTHS = (2, 32)
+"""T5 tokens of a word that is encoded alone."""
 # T5 lengths of the other batches, their odds and batch sizes: long ones teach the model to pass over the pads of the
 # stock pipelines; their batches are smaller, which keeps a step about as long
 LENGTHS: tuple[tuple[int, float, int], ...] = (
@@ -63,6 +66,7 @@ class Recipe:
         coarse: Share of the budget spent at half resolution; of clips, on first frames.
         batch: Samples a step.
         coarse_batch: Samples a step in the coarse phase.
+        apart: Share of the batches whose prompts are the scene's words, each encoded alone: what concepts are made of.
     """
 
     denoiser: Callable[[], Denoiser]
@@ -73,12 +77,13 @@ class Recipe:
     coarse: float = 0.7
     batch: int = 32
     coarse_batch: int = 32
+    apart: float = 0.0
 
 
 RECIPES: dict[str, Recipe] = {
-    "flux-picturebook": Recipe(FluxDenoiser),
+    "flux-picturebook": Recipe(FluxDenoiser, coarse=0.75, apart=0.4),
     "sd35-picturebook": Recipe(SD3Denoiser),
-    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, autoencoder_steps=2500, coarse=0.6, batch=16),
+    "cogvideox-picturebook": Recipe(CogVideoXDenoiser, CLIPS, 20_000, 2500, coarse=0.65, batch=16, apart=0.4),
 }
 
 
@@ -103,6 +108,8 @@ class Trainer:
         self.model = recipe.denoiser().to(device)
         self.by_length = by_length(examples.captions, self.model.t5_tokenizer)
         self.odds = torch.tensor([float(len(pairs)) for pairs in self.by_length.values()])
+        self.by_count = by_count(examples.captions)
+        self.count_odds = torch.tensor([float(len(pairs)) for pairs in self.by_count.values()])
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices = self.model.matrices()
         chosen = {id(weight) for weight in matrices}
@@ -133,15 +140,24 @@ class Trainer:
         """Mean squared error on a batch that depends on the seed and the step only: a resumed run continues."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_000 + self.step)
         latents = self.examples.latents["coarse" if coarse else "fine"]
-        rows, captions, length = self._captions(generator, self.recipe.coarse_batch if coarse else self.recipe.batch)
+        size = self.recipe.coarse_batch if coarse else self.recipe.batch
+        apart = self.recipe.apart > 0 and bool(torch.rand((), generator=generator) < self.recipe.apart)
+        rows, captions, length = (self._words if apart else self._captions)(generator, size)
         image = latents[rows].float()
         noise = torch.randn(image.shape, generator=generator)
         time = self.model.times(len(rows), generator)
         seen, target = self.model.noised(*(values.to(self.device) for values in (image, noise, time)))
         with WrittenOutAttention() if self.device == "cpu" else contextlib.nullcontext():
-            texts = self.model.embed(captions, length, generator)
+            texts = self.model.embed(captions, length, generator, apart)
             predicted = self.model.predict(seen, time.to(self.device), texts)
         return (predicted - target).square().mean()
+
+    def _words(self, generator: torch.Generator, count: int) -> tuple[torch.Tensor, list[str], int]:
+        """Draw `count` samples with one number of words, the words of each, and the number of T5 tokens of a word."""
+        pairs = list(self.by_count.values())[int(torch.multinomial(self.count_odds, 1, generator=generator))]
+        chosen = [pairs[at] for at in torch.randint(len(pairs), (count,), generator=generator).tolist()]
+        length = APART_LENGTHS[int(torch.randint(len(APART_LENGTHS), (), generator=generator))]
+        return torch.tensor([row for row, _ in chosen]), [words for _, words in chosen], length
 
     def _captions(self, generator: torch.Generator, count: int) -> tuple[torch.Tensor, list[str], int]:
         """Draw `count` samples or fewer, a caption of each, some of them empty, and the number of T5 tokens."""
