@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_probe import (
+        causal,
         demo,
         diagnostics,
         edits,
@@ -43,6 +44,7 @@ __all__ = [
     "Edit",
     "Observation",
     "Probe",
+    "causal",
     "demo",
     "diagnostics",
     "edits",

@@ -32,7 +32,7 @@ FLOW = (
     ("metrics", "statistics"),
     ("panels", "figures"),
     ("report",),
-    ("datasets", "demo", "loading", "explore", "interop", "testing", "verification"),
+    ("datasets", "demo", "loading", "explore", "interop", "testing", "verification", "causal"),
     ("picture_metrics",),
     ("protocols",),
     ("methods",),
