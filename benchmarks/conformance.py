@@ -27,11 +27,13 @@ HEADS = {
     "clamped_c": "clamped `c`",
     "equation": "eq. (4)",
 }
+NOT_MEASURED = "not measured yet"
 
 
 def measure(family: str, variants: list[str]) -> dict:
     maxima: dict[str, float] = {}
     kinds: list[str] = []
+    equal = True
     for variant in variants:
         for batch in (1, 2):
             tiny = testing.tiny_model(family, variant, batch=batch)
@@ -39,7 +41,9 @@ def measure(family: str, variants: list[str]) -> dict:
             assert found.ok, f"{family} {variant}:\n{found}"
             kinds = sorted({*kinds, *(layer.kind for layer in found.layers)})
             maxima = {name: max(value, maxima.get(name, 0.0)) for name, value in found.maxima.items()}
-    return {"kinds": kinds, "variants": variants, "versions": [diffusers.__version__], "maxima": maxima}
+            equal = equal and found.output_equal
+    versions = [diffusers.__version__]
+    return {"kinds": kinds, "variants": variants, "versions": versions, "maxima": maxima, "output_equal": equal}
 
 
 def merge(old: dict, new: dict) -> dict:
@@ -48,17 +52,23 @@ def merge(old: dict, new: dict) -> dict:
     both = [old.get("maxima", {}), new["maxima"]]
     known = [name for name in HEADS if any(name in figures for figures in both)]
     maxima = {name: float(f"{max(figures.get(name, 0.0) for figures in both):.1e}") for name in known}
-    return {**new, "versions": versions, "maxima": maxima}
+    equal = old.get("output_equal", True) and new["output_equal"]
+    return {**new, "versions": versions, "maxima": maxima, "output_equal": equal}
 
 
 def markdown(table: dict) -> str:
-    heads = ["family and model", "variants", "blocks", *HEADS.values(), "diffusers"]
+    heads = ["family and model", "variants", "blocks", *HEADS.values(), "output", "diffusers"]
     rows = [heads, ["---"] * len(heads)]
-    for family, found in table.items():
-        models = "".join(f"<br>`{name}`" for name in families()[family].classes)
+    for family, anatomy in sorted(families().items()):
+        models = "".join(f"<br>`{name}`" for name in anatomy.classes)
+        if family not in table:
+            rows.append([f"**{family}**{models}", *[NOT_MEASURED] * (len(heads) - 1)])
+            continue
+        found = table[family]
         figures = [_figure(found["maxima"].get(name)) for name in HEADS]
         names = ", ".join(found["variants"]), ", ".join(found["kinds"])
-        rows.append([f"**{family}**{models}", *names, *figures, ", ".join(found["versions"])])
+        equal = "equal" if found["output_equal"] else "CHANGED"
+        rows.append([f"**{family}**{models}", *names, *figures, equal, ", ".join(found["versions"])])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dit_probe as dp
+from dit_probe import testing
 from dit_probe.cli import app
 
 
@@ -120,6 +121,75 @@ def test_trace_keeps_scores_only_when_told(tmp_path: Path):
     assert "score_output" in ds
     assert "o_x" not in ds
     assert (tmp_path / "image.png").exists()
+
+
+# --- Pipelines that somebody saved
+
+SIZE = {
+    "sd3": ("--height", "16", "--width", "16"),
+    "cogvideox": ("--height", "32", "--width", "48", "--frames", "9"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The directory of a family's tiny pipeline."""
+    made = {}
+
+    def directory(family: str) -> str:
+        if family not in made:
+            made[family] = str(tmp_path_factory.mktemp(family))
+            testing.tiny_pipeline(family).save_pretrained(made[family])
+        return made[family]
+
+    return directory
+
+
+def trace(directory: str, family: str, store: Path, *options: str):
+    arguments = ("--prompt", "a sun", "--concepts", "sun,sky,boat", "--steps", "1", "--store", str(store))
+    return run("trace", directory, *arguments, *SIZE[family], *options)
+
+
+@pytest.mark.parametrize("family", SIZE)
+def test_a_saved_pipeline_is_traced_described_and_drawn(family, saved, tmp_path: Path):
+    store, page = tmp_path / "run.zarr", tmp_path / "maps.html"
+    result = trace(saved(family), family, store)
+    assert result.exit_code == 0, result.output
+    result = run("info", str(store))
+    assert result.exit_code == 0, result.output
+    for needed in (family, "float32", "1 complete", "o_x", "concept 3"):
+        assert needed in result.output
+    result = run("maps", str(store), "--layers", "1-2", "--out", str(page))
+    assert result.exit_code == 0, result.output
+    assert all(word in page.read_text() for word in ("sun", "sky", "boat"))
+
+
+@pytest.mark.parametrize("family", SIZE)
+def test_a_saved_pipeline_is_verified(family, saved):
+    result = run("verify", saved(family), *SIZE[family])
+    assert result.exit_code == 0, result.output
+    assert f"as {family}, float32" in result.output and "every check holds" in result.output
+
+
+def test_a_store_is_appended_to_only_when_told(saved, tmp_path: Path):
+    store = tmp_path / "run.zarr"
+    assert trace(saved("sd3"), "sd3", store).exit_code == 0
+    again = trace(saved("sd3"), "sd3", store)
+    assert again.exit_code == 2 and dp.open(store).sizes["sample"] == 1
+    result = trace(saved("sd3"), "sd3", store, "--append", "--seed", "1")
+    assert result.exit_code == 0, result.output
+    assert dp.open(store).seed.values.tolist() == [0, 1]
+
+
+def test_a_store_is_replaced_by_one_of_another_precision(saved, tmp_path: Path):
+    store = tmp_path / "run.zarr"
+    assert trace(saved("sd3"), "sd3", store).exit_code == 0
+    refused = trace(saved("sd3"), "sd3", store, "--append", "--dtype", "bfloat16")
+    assert refused.exit_code == 2 and "bfloat16" in refused.stderr
+    result = trace(saved("sd3"), "sd3", store, "--overwrite", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    ds = dp.open(store)
+    assert ds.sizes["sample"] == 1 and ds.attrs["identity"]["dtype"] == "bfloat16"
 
 
 def test_plan_prices_a_run():

@@ -1,6 +1,8 @@
 """Models in which text never reads the image: refused, or recorded without a concept stream, and the reason said."""
 
 import dataclasses
+import inspect
+import re
 from typing import Any
 
 import diffusers
@@ -33,7 +35,9 @@ def test_the_error_names_class_reason_and_way_out(name):
     with pytest.raises(ModelError) as caught:
         anatomy.find(stub(name))
     message, group = str(caught.value), refused.REFUSED[name]
-    assert message.startswith(f"{name} cannot be traced: it {group.reason}. {group.instead}, or trace a model whose")
+    assert message.startswith(
+        f"{name} cannot be traced: it {group.reason}. {group.instead}, or trace one of the models"
+    )
 
 
 @pytest.mark.parametrize("name", refused.REFUSED)
@@ -45,9 +49,29 @@ def test_every_refused_class_exists(name):
 def test_no_refused_class_is_claimed_by_a_family():
     claimed = {name for family in anatomy.families().values() for name in family.classes}
     assert not claimed & refused.REFUSED.keys()
-    assert len(refused.REFUSED) == sum(
-        len(group.classes) for group in vars(refused).values() if isinstance(group, refused.Group)
-    )
+    assert set(refused.GROUPS) == {group for group in vars(refused).values() if isinstance(group, refused.Group)}
+    assert len(refused.REFUSED) == sum(len(group.classes) for group in refused.GROUPS)
+
+
+NO_DENOISERS_OF_TEXT_AND_IMAGE = {
+    "HunyuanDiT2DControlNetModel": "a ControlNet: what it makes goes into another transformer",
+    "HunyuanDiT2DMultiControlNetModel": "several ControlNets",
+    "LongCatAudioDiTVae": "an autoencoder of sound",
+    "PriorTransformer": "denoises an image embedding, which has no places",
+    "RFD4ProteinaTransformer": "denoises proteins and takes no text",
+    "Transformer2DModel": "the attention layers inside a UNet",
+    "TransformerTemporalModel": "the attention layers over frames inside a UNet",
+}
+
+
+def test_every_transformer_of_diffusers_is_a_family_or_refused_with_a_reason():
+    named = {name: getattr(diffusers, name) for name in dir(diffusers) if re.search("Transformer|DiT", name)}
+    modules = {name for name, kind in named.items() if inspect.isclass(kind) and issubclass(kind, nn.Module)}
+    claimed = {name for family in anatomy.families().values() for name in family.classes}
+    known = claimed | refused.REFUSED.keys() | NO_DENOISERS_OF_TEXT_AND_IMAGE.keys()
+    assert len(modules) > 60
+    assert modules - known == set(), "write a family file for it, or a reason into dit_probe/anatomy/refused.py"
+    assert not (claimed | refused.REFUSED.keys()) & NO_DENOISERS_OF_TEXT_AND_IMAGE.keys()
 
 
 def test_a_subclass_is_refused_and_a_family_of_ones_own_is_asked_first(monkeypatch):
@@ -133,6 +157,33 @@ def test_no_text_token_has_a_query(build, seen):
 
 
 @torch.no_grad()
+def test_words_of_bria_fibo2_are_only_read_by_cross_attention():
+    need("BriaFibo2Transformer2DModel")
+    model = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=16,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=3,
+        max_num_gist_tokens=6,
+        gist_step=3,
+        axes_dims=(4, 6, 6),
+        axes_lens=(16, 8, 8),
+    )
+    tap = AttentionTap()
+    tap.open()
+    model(torch.randn(1, 4, 6, 8), torch.tensor([0.5]), torch.randn(1, 2, 5, 16))
+    tap.close()
+    # The refiner; 3 gist tokens that read the 5 words, then each other; two layers of both, where one reads the words.
+    sizes = [(call.q.shape[1], call.k.shape[1]) for call in tap.calls]
+    assert sizes == [(12, 12), (3, 5), (3, 3), (15, 15), (15, 15), (15, 5)]
+
+
+@torch.no_grad()
 def test_the_text_of_cosmos3_never_reads_what_it_makes():
     layer = cosmos3_layer()
     text, image = torch.randn(5, 32), torch.randn(12, 32)
@@ -154,6 +205,24 @@ def cosmos3_layer() -> nn.Module:
         attention_bias=False,
         rms_norm_eps=1e-6,
     )
+
+
+# --- Recorded with a concept stream that the paper does not have, and said so.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["ernie-image", "krea2", "lumina2", "z-image"])
+def test_concepts_of_a_single_sequence_are_named_an_extension(family):
+    tiny = testing.tiny_model(family)
+    words = [f"concept {index}" for index in range(len(tiny.concepts))]
+
+    def identity(**options):
+        with dp.trace(tiny.transformer, dp.Probe(layers="all", **options), concepts=tiny.concepts) as run:
+            tiny.transformer(**tiny.inputs)
+        return run.dataset.attrs["identity"]
+
+    assert "which the paper does not do" in identity(concepts=words, record=["o_c"], through="all")["extension"]
+    assert "extension" not in identity(record=["o_x"])
 
 
 # --- Recorded, but without a concept stream.

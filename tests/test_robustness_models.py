@@ -304,21 +304,26 @@ def blocks(pipe, backend):
     pipe.transformer.compile_repeated_blocks(backend=backend)
 
 
-@pytest.mark.parametrize(
-    ("compile", "backend"), [(wrap, "eager"), (wrap, "aot_eager"), (in_place, "aot_eager"), (blocks, "eager")]
-)
+COMPILED = [
+    ("flux", blocks, "eager"),
+    ("sd3", wrap, "aot_eager"),
+    ("cogvideox", in_place, "aot_eager"),
+]
+
+
+@pytest.mark.parametrize(("name", "compile", "backend"), COMPILED)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_inside_the_trace(plain, compile, backend):
-    pipe = testing.tiny_pipeline("flux")
-    expected = call("flux", pipe)
+def test_compiled_inside_the_trace(name, plain, compile, backend):
+    pipe = testing.tiny_pipeline(name)
+    expected = call(name, pipe)
     with dp.trace(pipe, PROBE, progress=False) as run:
         compile(pipe, backend)
-        during = call("flux", pipe)
+        during = call(name, pipe)
     assert torch.equal(during, expected)
     assert testing.leftovers(pipe) == []
-    assert same(run.dataset, plain("flux"))
+    assert same(run.dataset, plain(name))
     # The compiled code does without the hooks again.
-    assert torch.equal(call("flux", pipe), expected)
+    assert torch.equal(call(name, pipe), expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -342,10 +347,7 @@ def test_a_compiled_forward_is_noticed():
 # --- Attention backends
 
 
-BACKENDS = ["native", "_native_math", "flex"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["_native_math", "flex"])  # every other test runs on "native"
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_backends(family, pipe, plain, backend):
     # Older diffusers change the backend of every model with it: the context gives that one back.

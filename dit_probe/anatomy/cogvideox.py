@@ -24,7 +24,7 @@ class CogVideoX(Anatomy):
     returns_text_first = False
     heads_first = True
     variants = ("2b", "5b", "1.5")
-    pipeline_variants = ("2b", "5b")
+    pipeline_variants = ("2b", "5b", "1.5")
     tiny_call = {"height": 32, "width": 48, "num_frames": 9, "max_sequence_length": 226}
 
     def unrotated(self, block: Block, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:

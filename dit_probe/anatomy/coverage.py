@@ -22,16 +22,18 @@ class Coverage:
         versions: diffusers versions that they were run on.
         maxima: the largest difference of every check (`dit_probe.verification.CHECKS`) over variants, layers and
             versions, in float32, relative to the largest value.
+        output_equal: whether the output was the same in all of them, bit for bit, with and without tracing.
     """
 
     kinds: Sequence[str] = ()
     variants: Sequence[str] = ()
     versions: Sequence[str] = ()
     maxima: Mapping[str, float] = field(default_factory=dict)
+    output_equal: bool = False
 
 
 def of(family: str) -> Coverage:
-    """What was measured of a family; nothing, for one of your own.
+    """What was measured of a family; nothing, for one of your own and for one that was just added.
 
     Example:
         >>> of("flux").kinds

@@ -27,7 +27,7 @@ class Flux(Anatomy):
     # FluxPipeline names its calls; image-to-image, inpainting and ControlNets call in the same order.
     unlabelled_calls = ("cond", "uncond")
     variants = ("schnell", "dev")
-    pipeline_variants = ("schnell",)
+    pipeline_variants = ("schnell", "dev")
     tiny_call = {"height": 16, "width": 24, "max_sequence_length": 16}
     guided_call = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
 

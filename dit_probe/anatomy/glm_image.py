@@ -144,8 +144,8 @@ def _cache(layers: int, rows: int) -> Any:
     caches = GlmImageKVCache(layers)
     for layer in caches.caches:
         for _ in range(rows):
-            # Joined to keys of either precision, bfloat16 leaves them theirs.
-            layer.store(*torch.randn(2, 1, 4, 2, 16).bfloat16())
+            # Joined to keys of any precision, integers leave them theirs.
+            layer.store(*torch.randint(-2, 3, (2, 1, 4, 2, 16)))
             layer.next_sample()
     caches.set_mode("read")
     return caches

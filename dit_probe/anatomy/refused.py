@@ -1,4 +1,4 @@
-"""Models in which no text token reads the image, so that eq. (4) has nothing to stand for, and why, by class name.
+"""Models that are refused, and why, by class name: in nearly all no word reads the image, as eq. (4) has it.
 
 A family file of one's own is asked before this list.
 """
@@ -14,7 +14,7 @@ class Group:
     """Models that are refused for one reason.
 
     Attributes:
-        reason: what such a model does, as the rest of a sentence.
+        reason: what such a model does, as the rest of a sentence; the gist of it before the first colon.
         instead: what can be had from them.
         classes: their names in diffusers.
     """
@@ -23,6 +23,11 @@ class Group:
     instead: str
     classes: tuple[str, ...]
 
+    @property
+    def short(self) -> str:
+        """The gist of the reason."""
+        return self.reason.split(":")[0]
+
 
 CAUSAL_TEXT = Group(
     "runs its text as a stream that attends causally to itself alone, in an attention call of its own: the image reads "
@@ -30,6 +35,21 @@ CAUSAL_TEXT = Group(
     "How the image attends to the text is in the second attention call of every layer's self_attn; read it with a hook "
     "of your own",
     ("Cosmos3OmniTransformer",),
+)
+
+NO_WORDS_IN_SEQUENCE = Group(
+    "has no words in its sequence: beside the image stand gist tokens, learned queries that a resampler fills from the "
+    "whole prompt, and words are read by cross-attention only, so a concept cannot be one more of them",
+    "How image and gist tokens read the words is in the cross_attention modules of its layers and perceiver; read it "
+    "with a hook of your own",
+    ("BriaFibo2Transformer2DModel",),
+)
+
+PACKED = Group(
+    "packs text, sound, references and video into one sequence that index tensors take apart: no family file describes "
+    "that yet, and diffusers has no pipeline for it, only modular blocks",
+    "Its text does read the video, so describe it in a file of your own (see CONTRIBUTING.md)",
+    ("MiniMaxH3Transformer3DModel",),
 )
 
 TEXT_KEYS_ONLY = Group(
@@ -83,9 +103,8 @@ NO_TEXT = Group(
     ("DiTTransformer2DModel", "Kandinsky6SRTransformer3DModel", "MiniMaxMusic3Transformer1DModel"),
 )
 
-REFUSED: dict[str, Group] = {
-    name: group for group in (CAUSAL_TEXT, TEXT_KEYS_ONLY, CROSS_ATTENTION, NO_TEXT) for name in group.classes
-}
+GROUPS = (CAUSAL_TEXT, TEXT_KEYS_ONLY, NO_WORDS_IN_SEQUENCE, CROSS_ATTENTION, NO_TEXT, PACKED)
+REFUSED: dict[str, Group] = {name: group for group in GROUPS for name in group.classes}
 """Class name to the group it is refused with."""
 
 
@@ -99,7 +118,4 @@ def refusal(names: Iterable[str]) -> str | None:
     group = next((REFUSED[name] for name in names if name in REFUSED), None)
     if group is None:
         return None
-    return (
-        f"it {group.reason}. {group.instead}, or trace a model whose text attends to the image ('dit-probe models' "
-        "lists them)"
-    )
+    return f"it {group.reason}. {group.instead}, or trace one of the models that 'dit-probe models' lists"

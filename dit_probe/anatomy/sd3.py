@@ -26,12 +26,12 @@ class SD3(Anatomy):
     pooled = True
     encoder = ("tokenizer_3", "text_encoder_3")
     variants = ("sd3", "sd3.5-large", "sd3.5-medium")
-    pipeline_variants = ("sd3", "sd3.5-medium")
+    pipeline_variants = ("sd3", "sd3.5-large", "sd3.5-medium")
     tiny_call = {"height": 16, "width": 16, "max_sequence_length": 16}
 
     def refuse(self, model: Any) -> str | None:
         attention = model.transformer_blocks[0].attn
-        if getattr(attention, "fused_projections", False) and attention.norm_q is not None:
+        if type(attention.processor).__name__.startswith("Fused") and attention.norm_q is not None:
             return (
                 "fuse_qkv_projections() was called, and diffusers' fused SD3 processor leaves out norm_q, norm_k and "
                 "the norm_added_*: the model no longer computes what it was trained to. "

@@ -197,18 +197,26 @@ def verify(
 
 @app.command()
 def models() -> None:
-    """List the model families that can be traced, what is recorded of them, and how far each is checked."""
+    """List the model families that can be traced, what is recorded of them, how each is checked; and who is refused."""
     from dit_probe.anatomy import coverage, families
+    from dit_probe.anatomy.refused import GROUPS
+    from dit_probe.verification import CHECKS
 
-    table = Table("family", "models", "blocks", "recorded", "checks, and their worst difference", "diffusers")
+    table = Table("family", "models", "blocks", "recorded", *CHECKS, "output", "diffusers")
     for name, anatomy in sorted(families().items()):
         checked = coverage.of(name)
-        extended = "x p" if anatomy.no_concepts else "x p, c by extension"
-        concepts = "x p c" if "joint" in checked.kinds else extended
-        worst = f"{len(checked.maxima)}: {max(checked.maxima.values()):.1e}" if checked.maxima else "not measured"
-        kinds, versions = " ".join(checked.kinds), ", ".join(checked.versions)
-        table.add_row(name, "\n".join(anatomy.classes), kinds, f"q k v o of {concepts}", worst, versions)
-    console().print(table)
+        concepts = ", c by extension" if checked.kinds == ["single"] else " c"
+        recorded = f"q k v o of x p{'' if anatomy.no_concepts else concepts}"
+        figures = [f"{checked.maxima[check]:.1g}" if check in checked.maxima else "-" for check in CHECKS]
+        output = "-" if not checked.versions else "equal" if checked.output_equal else "CHANGED"
+        versions = ", ".join(checked.versions) or "not measured yet"
+        table.add_row(name, "\n".join(anatomy.classes), " ".join(checked.kinds), recorded, *figures, output, versions)
+    refused = Table("refused", "since such a model …")
+    for group in GROUPS:
+        refused.add_row("\n".join(group.classes), group.short)
+    checks = {**CHECKS, "output": "the transformer's output with and without tracing"}
+    legend = [f"{name}: {meaning}" for name, meaning in checks.items()]
+    console().print(table, "Largest difference over layers, relative to the largest value.", *legend, refused, sep="\n")
 
 
 @app.command()
