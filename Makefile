@@ -45,7 +45,7 @@ $(VENV)-oldest/.env: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/.env  ## the oracles and the tracing on the oldest diffusers that is supported
-	$(VENV)-oldest/bin/python -m pytest $(WORKERS) tests/test_conformance.py tests/test_tracing.py tests/test_tracing_ends.py tests/test_wrong_use.py tests/test_encoding.py tests/test_verification.py tests/test_unknown_models.py tests/test_refused.py tests/test_robustness_models.py tests/test_robustness_pipelines.py tests/test_robustness_caches.py tests/test_hunyuan.py
+	$(VENV)-oldest/bin/python -m pytest $(WORKERS) tests/test_conformance.py tests/test_conformance_guided.py tests/test_tracing.py tests/test_tracing_ends.py tests/test_wrong_use.py tests/test_encoding.py tests/test_verification.py tests/test_unknown_models.py tests/test_refused.py tests/test_robustness_models.py tests/test_robustness_pipelines.py tests/test_robustness_caches.py tests/test_hunyuan.py
 
 lint: $(VENV)/.env  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from dit_probe.anatomy.structural import Structural
 from dit_probe.attention import AttentionTap, attention_weights
 from dit_probe.errors import ModelError, ProbeError, TraceError
 from dit_probe.forward import Forward
-from dit_probe.probe import Combination, Observation
+from dit_probe.probe import Combination, Observation, Probe
 from dit_probe.rehearsal import clamped_calls, settle
 from dit_probe.transfer import score
 
@@ -61,6 +61,7 @@ class Hooks:
         self._unrotated: dict[str, Tensor] = {}
         self._norm_handles: list[Any] = []
         self._replayed: tuple[stream.BlockCall, stream.Step] | None = None
+        self._observed: stream.BlockCall | None = None
         self._waiting: list[tuple[stream.BlockCall, dict[str, Tensor]]] = []
 
     def attach(self) -> None:
@@ -170,7 +171,7 @@ class Hooks:
             if forward is None or self._idle(block):
                 return
             # Whatever an earlier block left is stale: a block whose attention is skipped must not reuse it.
-            self._unrotated, self._replayed = {}, None
+            self._unrotated, self._replayed, self._observed = {}, None, None
             self._arguments = block.bind(args, kwargs)
             found = len(self._anatomy.streams(block, self._arguments, forward.places)[0])
             if found != (rows := self._anatomy.rows(forward.arguments)):
@@ -243,6 +244,9 @@ class Hooks:
                 for branch, rows in forward.branches.items():
                     for name in self._wanted(block) & residuals.keys():
                         self._write(name, residuals[name][rows], forward.step, block.layer, branch)
+                    if (call := self._observed) is not None:
+                        seen = self._image_and_prompt(call) | {"x": x} | ({} if p is None else {"p": p})
+                        self._observe(call, forward, branch, {name: tensor[rows] for name, tensor in seen.items()})
 
         return hook
 
@@ -263,6 +267,7 @@ class Hooks:
             step = stream.replay(anatomy, original)
             # What the block hands on follows from the edited attention, which the replay does not know.
             self._replayed = original, replace(step, c=None) if edited else step
+        self._observed = call if any(map(_after, self._probes)) else None
         whole = self._image_and_prompt(call)
         if forward.embeddings is not None and not anatomy.fast:
             self._waiting.append((call, whole))
@@ -319,13 +324,15 @@ class Hooks:
         parts = {"x": (places.image, places.prompt), "p": (places.prompt, places.image)}
         for letter in "qkvo":
             found[f"{letter}_x"], found[f"{letter}_p"] = call.places.split(getattr(call.attention, letter))
+        # Some norms compute in float32; like what is rotated, it is kept in the precision that attention reads.
+        unrotated = {name: tensor.to(call.attention.q.dtype) for name, tensor in self._unrotated.items()}
         for letter in "qk":
-            if letter in self._unrotated:
-                x, p = call.places.split(self._unrotated[letter])
+            if letter in unrotated:
+                x, p = call.places.split(unrotated[letter])
                 found[f"{letter}_x_unrotated"], found[f"{letter}_p_unrotated"] = x, p
             for token, (part, other) in parts.items():
                 name = f"{letter}_{token}"
-                if (whole := self._unrotated.get(name)) is not None:
+                if (whole := unrotated.get(name)) is not None:
                     # The stream may hold more than these tokens; it begins or ends the joint sequence.
                     start = part.start - (0 if part.start < other.start else places.total - whole.shape[1])
                     found[f"{name}_unrotated"] = whole[:, start : start + part.stop - part.start]
@@ -340,7 +347,7 @@ class Hooks:
         where = Observation(*at, attention.q.shape[2], places.image, places.prompt, weights)
         for probe in self._probes:
             names = self._wanted(block) & probe.observes.keys()
-            if not names:
+            if not names or _after(probe) != ("x" in seen):
                 continue
             observed = probe.observe(where, {name: seen[name] for name in probe.needs})
             if missing := names - observed.keys():
@@ -357,6 +364,11 @@ class Hooks:
 
     def _quietly(self) -> _Quiet:
         return _Quiet(self)
+
+
+def _after(probe: Probe) -> bool:
+    """Does a probe observe residual streams, which are there when the block has run?"""
+    return not {"x", "p"}.isdisjoint(probe.needs)
 
 
 # Compiled code breaks off at a hook, which goes on to files and threads.

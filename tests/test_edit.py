@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_conformance import CASES, close, predict
+from conformance_cases import CASES, close, predict
 from tracing_cases import SIZES, generate, traced
 
 import dit_probe as dp

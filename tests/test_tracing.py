@@ -9,7 +9,7 @@ import torch
 from tracing_cases import SIZES, WORDS, generate, sites, traced
 
 import dit_probe as dp
-from dit_probe import stream, testing
+from dit_probe import anatomy, stream, testing
 from dit_probe.errors import ConceptError, ProbeError, SiteError
 from dit_probe.pipelines import context_names
 from probes import ConceptAttention, CrossAttention, PromptAttention, ValueSpace
@@ -18,19 +18,32 @@ EVERYTHING = ConceptAttention(WORDS, scores=("output", "value", "cross")) | Cros
 PIPELINES = testing.pipeline_cases()
 
 
+@pytest.fixture(scope="module", params=PIPELINES, ids="-".join)
+def guided_once(request, pipelines):
+    """A pipeline of every family under guidance, batched or in two calls, and the output of one call."""
+    pipe = pipelines(*request.param)
+    return pipe, generate(pipe, **anatomy.find(pipe).guided_call)
+
+
 @pytest.mark.parametrize(
     "probe", [ConceptAttention(WORDS), CrossAttention(WORDS), ValueSpace(WORDS), PromptAttention()]
 )
-@pytest.mark.parametrize("case", PIPELINES, ids="-".join)
-def test_output_is_untouched(pipelines, case, probe):
-    pipe = pipelines(*case)
-    probe = dataclasses.replace(probe, **sites(pipe))
-    before = generate(pipe)
-    during, ds = traced(pipe, probe, branch="cond")
+def test_output_is_untouched(guided_once, probe):
+    pipe, before = guided_once
+    probe, call = dataclasses.replace(probe, **sites(pipe)), anatomy.find(pipe).guided_call
+    during, ds = traced(pipe, probe, branch="both", call=call)
     assert torch.equal(before, during)
-    assert torch.equal(before, generate(pipe))
+    assert torch.equal(before, generate(pipe, **call))
     assert testing.leftovers(pipe) == []
     assert all(np.isfinite(ds[name]).all() for name in probe.variables)
+
+
+@pytest.mark.parametrize("case", [case for case in PIPELINES if anatomy.families()[case[0]].guided_call], ids="-".join)
+def test_output_is_untouched_without_guidance_where_that_is_the_default(pipelines, case):
+    pipe = pipelines(*case)
+    before = generate(pipe)
+    during, _ = traced(pipe, ConceptAttention(WORDS, **sites(pipe)))
+    assert torch.equal(before, during)
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "cogvideox"])

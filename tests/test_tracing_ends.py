@@ -11,7 +11,7 @@ import torch
 from tracing_cases import WORDS, generate, traced
 
 import dit_probe as dp
-from dit_probe import testing
+from dit_probe import anatomy, testing
 from dit_probe.errors import (
     IncompleteWarning,
     ModelError,
@@ -21,16 +21,17 @@ from probes import ConceptAttention
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["callback", "attention", "block"])
-def test_nothing_stays_hooked_after_an_error(error, where, tmp_path):
-    pipe = testing.tiny_pipeline("flux")
+@pytest.mark.parametrize("family", ["flux", "sd3", "cogvideox"])
+def test_nothing_stays_hooked_after_an_error(pipelines, family, error, where, tmp_path):
+    pipe = pipelines(family)
     store = tmp_path / "cut.zarr"
 
     def fail(*args, **kwargs):
         raise error("stop")
 
     calls = {"callback_on_step_end": fail} if where == "callback" else {}
-    block = pipe.transformer.transformer_blocks[1]
-    broken = {"attention": block.attn.to_out[0], "block": block.ff}.get(where)
+    block = anatomy.find(pipe).blocks(pipe.transformer)[1]
+    broken = {"attention": block.attention.to_out[0], "block": block.module.ff}.get(where)
     handle = broken.register_forward_pre_hook(fail) if broken is not None else None
     with pytest.raises(error, match="stop"), dp.trace(pipe, ConceptAttention(WORDS), store=store, progress=False):
         generate(pipe, **calls)
@@ -42,6 +43,7 @@ def test_nothing_stays_hooked_after_an_error(error, where, tmp_path):
     before = generate(pipe)
     after, ds = traced(pipe, ConceptAttention(WORDS), store=store)
     assert torch.equal(before, after) and bool(ds.done.all())
+    assert testing.leftovers(pipe) == []
 
 
 def test_one_trace_at_a_time(pipelines):

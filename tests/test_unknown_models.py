@@ -1,12 +1,17 @@
 """Models that dit-probe does not know: described by their user in one file, guessed, or run on the concepts."""
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_conformance as conformance
+import test_conformance_mutations as mutations
 import torch
+from conformance_cases import Subject
+from robustness_cases import PROBE, call
 from torch import nn
 
 import dit_probe as dp
@@ -15,6 +20,12 @@ from dit_probe.anatomy.structural import Structural
 from dit_probe.errors import ModelError, ModelWarning, ProbeError
 
 TOY = Path(__file__).with_name("toy_model.py").read_text()
+# All that a family of diffusers is held to, but for the pooled vector, which the toy has not.
+ORACLES = {
+    name: function
+    for name, function in [*vars(conformance).items(), *vars(mutations).items()]
+    if name.startswith("test_") and "subject" in inspect.signature(function).parameters and "pooled" not in name
+}
 NAMES = ["a", "b", "c"]
 EVERYTHING = dp.Probe(NAMES, record=["o_x", "q_c", "k_c", "v_c", "o_c", "c", "x", "p"], scores=dp.schema.SPACES)
 
@@ -75,6 +86,16 @@ def test_a_new_family_is_one_file(toy):
     assert maps.sizes == {"sample": 2, "concept": 3, "y": 3, "x": 5}
 
 
+@pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
+def test_a_new_family_is_held_to_every_oracle(toy, oracle, monkeypatch):
+    toy()
+    takes = inspect.signature(oracle).parameters
+    for change in mutations.applicable(Subject(("toy", "toy"))) if "change" in takes else [None]:
+        with monkeypatch.context() as patch:
+            given = {"subject": Subject(("toy", "toy")), "change": change, "monkeypatch": patch}
+            oracle(**{name: given[name] for name in takes})
+
+
 def test_what_has_no_two_streams_is_refused_with_the_families_that_are_known():
     with pytest.raises(ModelError, match=r"none to guess.*flux \(FluxTransformer2DModel\)"):
         dp.trace(nn.Sequential(nn.Linear(2, 2)), EVERYTHING)
@@ -112,6 +133,31 @@ def test_where_no_guess_replays_the_model_itself_is_run(stranger, monkeypatch, b
         dp.verify(tiny.transformer, inputs=tiny.inputs)
     with pytest.raises(ProbeError, match="attends='image'"):
         run(tiny, dp.Probe(NAMES, record=["o_c"], attends="image"))
+
+
+@pytest.mark.parametrize("guessed", [True, False], ids=["guessed", "clamped"])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_stranger_in_a_guided_pipeline(family, guessed, monkeypatch):
+    """Both halves of guidance, in two calls and in one of twice the rows, are those of the known anatomy."""
+    pipe = testing.tiny_pipeline(family)
+    guidance = anatomy.find(pipe).guided_call
+
+    def traced():
+        with dp.trace(pipe, PROBE, branch="both", progress=False) as trace:
+            output = call(family, pipe, **guidance)
+        return output, trace.dataset.load()
+
+    before, expected = traced()
+    every = Structural.candidates
+    monkeypatch.setattr(anatomy, "families", dict)
+    monkeypatch.setattr(Structural, "candidates", lambda self: (c for c in every(self) if c.fast == guessed))
+    with pytest.warns(ModelWarning, match="guessed from the names" if guessed else "two more forwards"):
+        output, found = traced()
+    assert found.attrs["identity"]["family"] == f"unknown ({'guessed' if guessed else 'clamped'})"
+    assert torch.equal(output, before)
+    assert found.branch.values.tolist() == ["cond", "uncond"] and found.sizes["layer"] == 3
+    same(found, expected.sel(layer=found.layer))
+    assert testing.leftovers(pipe) == []
 
 
 def test_the_real_candidates_fall_back_by_themselves(toy, request):

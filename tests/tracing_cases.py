@@ -10,12 +10,12 @@ WORDS = ["sun", "sky", "boat"]
 
 
 def generate(pipe, prompt="a sun in the sky", *, steps=2, seed=0, **options):
-    call = {"num_inference_steps": steps, **anatomy.find(pipe).tiny_call, **options}
+    call = {"num_inference_steps": steps, "output_type": "pt", **anatomy.find(pipe).tiny_call, **options}
     if isinstance(prompt, list):
         prompt = list(prompt)  # Z-Image's pipeline writes its template into the list that it is given
         if isinstance(call.get("negative_prompt"), str):
             call["negative_prompt"] = [call["negative_prompt"]] * len(prompt)
-    result = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="pt", **call)
+    result = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call)
     return result.frames if hasattr(result, "frames") else result.images
 
 

@@ -38,8 +38,8 @@ class SharedParallelText(TextSide):
             projected = (attention.to_q(normed), attention.to_k(normed), attention.to_v(normed))
         q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
         turned = Projection.of(attention.norm_q(q.float()), attention.norm_k(k.float()), v, context.rotary)
-        q, k = turned.q.to(v.dtype), turned.k.to(v.dtype)
-        return Projection(q, k, v, turned.q_unrotated, turned.k_unrotated, (gate,))
+        vectors = (turned.q, turned.k, v, turned.q_unrotated, turned.k_unrotated)
+        return Projection(*(vector.to(v.dtype) for vector in vectors), (gate,))
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block, to_out = context.block.module, context.block.attention.to_out

@@ -79,9 +79,10 @@ def reproduce(name: str, setting: Setting) -> Reproduction:
     Example:
         >>> import tempfile
         >>> from dit_probe.testing import tiny_pipeline
-        >>> pictures = [source("picture-book", several=False, count=2)]
+        >>> pictures, pipe = [source("picture-book", several=False, count=2)], tiny_pipeline("flux")
+        >>> pipe.default_sample_size = 8
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     setting = Setting(tiny_pipeline("flux"), pictures, (), Path(folder), progress=False)
+        ...     setting = Setting(pipe, pictures, (), Path(folder), progress=False)
         ...     found = reproduce("table5", setting)
         >>> found.panels[0].rows[:2]
         ['neither', 'self-attention (SA)']
