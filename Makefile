@@ -29,6 +29,8 @@ $(VENV)/.env: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing dit-probe with its test, lint and docs tools into $(VENV) (once)"
 	$(PIP) install --quiet -c constraints.txt -e ".[test,dev,docs,eval]"
+	@# It names torchvision, which breaks transformers beside a CPU build of torch, and does without.
+	$(PIP) install --quiet --no-deps -c constraints.txt attention-map-diffusers
 	touch $(VENV)/.core $@
 
 env: $(VENV)/.env  ## the environment of every other target
@@ -36,6 +38,7 @@ env: $(VENV)/.env  ## the environment of every other target
 demo: $(VENV)/.core  ## a prompt, an image, a store, three kinds of concept map: demo.html; MODEL=sd35-picturebook
 	$(BIN)/dit-probe demo --model $(MODEL) --out demo.html $(ARGS)
 
+# Tests in a browser need Chromium (apt install chromium), and are skipped where there is none.
 test: $(VENV)/.env  ## the tests and every example of the docstrings and the README; ARGS="-k store"
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 

@@ -49,6 +49,11 @@ mIoU and mAP on ImageNet-Segmentation, then on single-class PascalVOC. Scores wh
 
 The rows named CLIP ViT are those of a supervised ImageNet classifier in the paper, but for TextSpan and CLIPasRNN;
 `vit-in1k` and `clip` are both here.
+
+Maps are held against libraries by others, on tiny random models (`tests/test_baselines_against_libraries.py`): joint
+attention of seven families and cross-attention of both UNets against attention-map-diffusers 1.0.0, GradCAM of tokens
+against pytorch-grad-cam 1.5.7. The largest differences, in parts of a map's largest value, are 4e-7 and, in double
+precision, 2e-6.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -16,13 +17,14 @@ from dit_probe import schema
 from dit_probe.anatomy import Anatomy, Block, Grid, find, transformer_of
 from dit_probe.errors import ProbeError
 from dit_probe.probe import Combination
+from dit_probe.tabular import Table, Tabular
 
 _EXTENSION = "the concept stream runs through single-stream blocks too, which the paper does not do"
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """The price of a run, before anything runs; printing it shows the table.
 
     Attributes:
@@ -44,17 +46,14 @@ class Plan:
         chunks = 1 if variable.layers is None else len(variable.layers) * len(variable.steps or ())
         return self.samples * self.layout.sizes.get("branch", 1) * chunks * chunk
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         sizes = self.layout.sizes
         rows = [("variable", "dims at one (sample, step, layer)", "layers", "steps", "dtype", "size")]
         for variable in self.layout.variables:
             dims = " ".join(f"{dim}={sizes[dim]}" for dim in variable.dims)
             layers, steps = schema.ranges(variable.layers or ()), schema.ranges(variable.steps or ())
             rows.append((variable.name, dims, layers, steps, variable.dtype, schema.human(self.bytes_of(variable))))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = f"{self.samples} sample(s), {schema.human(self.nbytes)} before compression"
-        return "\n".join([*lines, total])
+        return Table(rows, below=(f"{self.samples} sample(s), {schema.human(self.nbytes)} before compression",))
 
 
 def layout(
@@ -112,6 +111,9 @@ def layout(
         "width": heads * head_dim,
         text_width: anatomy.text_width(model),
     }
+    for dim, size in (item for probe in probes for item in probe.sizes.items()):
+        if sizes.setdefault(dim, size) != size:
+            raise ProbeError(f"one store has one length of {dim!r}, but the probes say {sizes[dim]} and {size}")
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         "step": (("step",), np.array(kept_steps, dtype=np.int64)),
         "timestep": (("step",), np.array([timesteps[step] for step in kept_steps], dtype=np.float64)),
@@ -140,6 +142,18 @@ def layout(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     return schema.Layout(tuple(variables), sizes, coords, attrs)
+
+
+def described(model: type, probes: Combination, target: Any, nbytes: int) -> Table:
+    """What a run is, for `dit_probe.tracing.Run`: its model, probes, variables and store, and how much it wrote.
+
+    Example:
+        >>> print(described(dict, Combination(), "run.zarr", 2048).text().splitlines()[-1])
+        written  2.0 KiB before compression
+    """
+    rows = [("run", f"of {model.__name__}"), ("probes", ", ".join(type(probe).__name__ for probe in probes))]
+    rows += [("records", " ".join(probes.names)), ("store", "memory" if target is None else str(target))]
+    return Table([*rows, ("written", f"{schema.human(nbytes)} before compression" if nbytes else "nothing yet")])
 
 
 def to_verify(layout: schema.Layout, blocks: Sequence[Block]) -> frozenset[int]:
@@ -208,6 +222,7 @@ def _name(model: Any) -> str:
     return f"{cached[-1]}@{parts[-1]}" if cached else parts[-1]
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,11 @@ class Block:
 
 def arguments_of(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's call by name, ``self`` left out."""
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
     return dict(list(bound.arguments.items())[1:])
+
+
+_signature = functools.cache(inspect.signature)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dit_probe.anatomy.structural import Structural
 
 def obstacle(anatomy: Anatomy, model: nn.Module) -> str | None:
     """Why a model, as it stands now, cannot be traced truthfully; None when nothing is in the way."""
+    if not _touched(model):
+        return None
     own = {id(part) for block in anatomy.blocks(model) for part in (block.module, block.attention)} | {id(model)}
     for path, module in model.named_modules():
         # Asked of every module: an adapter's are in training mode whatever the model's is.
@@ -29,6 +31,18 @@ def obstacle(anatomy: Anatomy, model: nn.Module) -> str | None:
                 "a known family, let it act on whole blocks or attention modules"
             )
     return None
+
+
+def _touched(model: nn.Module) -> bool:
+    """Whether any module deserves a closer look; asked in every step, where `named_modules` would take milliseconds."""
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            if hasattr(module, "_diffusers_hook") or (isinstance(module, nn.Dropout) and module.training):
+                return True
+            waiting.extend(module._modules.values())
+    return False
 
 
 def cached(module: nn.Module) -> list[str]:

@@ -1,0 +1,151 @@
+"""How fast are maps from a store? `dit_probe.maps.saliency` against numpy on the same bytes, in turns.
+
+    python benchmarks/offline.py                 # 2 GiB of float32 o_x
+    python benchmarks/offline.py --gibibytes 0.5
+
+The numpy arm reads one .npy file of each variable with np.load, multiplies by one einsum, applies the softmax over
+concepts and averages: what somebody writes by hand when all of it fits into memory. Both read from the page cache.
+Memory is what numpy allocates at its worst moment (tracemalloc). Last, a store of 19 layers, 28 steps and 5 variables
+is opened and printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from alternating import bars, measure, write
+from overhead import SHAPES, WORDS, Bench, model_of
+
+import dit_probe as dp
+from dit_probe import planning, store
+from dit_probe.anatomy import Grid, find
+from dit_probe.probe import Combination
+from dit_probe.report import Section
+from dit_probe.schema import Sample
+
+STEPS = 8
+
+
+def fill(place: Path, layout: Any, samples: int, random: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """Write a store of noise; what was written, by variable."""
+    writer = store.create(place, layout)
+    slots = writer.claim([Sample(f"sample {index}", concepts=tuple(WORDS)) for index in range(samples)])
+    written: dict[str, list[np.ndarray]] = {variable.name: [] for variable in layout.variables}
+    for slot in slots:
+        for step in layout.coords["step"][1]:
+            for variable in layout.variables:
+                shape = tuple(layout.sizes[dim] for dim in variable.dims)
+                for layer in variable.layers:
+                    values = random.standard_normal(shape, np.float32)
+                    writer.write(variable.name, values, sample=slot, step=int(step), layer=int(layer))
+                    written[variable.name].append(values)
+    writer.finish(slots)
+    writer.close()
+    return written
+
+
+def laid_out(model: Any, side: int, text: int, steps: int, record: tuple[str, ...]) -> Any:
+    return planning.layout(
+        find(model),
+        model,
+        Combination(dp.Probe(WORDS, record=record, steps=range(steps))),
+        grid=Grid.regular(side, side),
+        prompt_tokens=text,
+        concepts=len(WORDS),
+        timesteps=[float("nan")] * steps,
+        sigmas=[float("nan")] * steps,
+        branch="cond",
+    )
+
+
+def peak(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    call()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+def opening(folder: Path, rounds: int) -> float:
+    """Milliseconds to open and print a store of Flux's layers and 28 steps, tokens few."""
+    shape = {**SHAPES["one block"], "layers": 19}
+    model, _ = model_of(shape, "cpu", torch.float32)
+    layout = laid_out(model, shape["side"], shape["text"], 28, ("o_x", "q_x", "k_x", "o_c", "k_c"))
+    fill(folder / "wide.zarr", layout, 1, np.random.default_rng(0))
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        repr(dp.open(folder / "wide.zarr"))
+        taken.append(time.perf_counter() - began)
+    return 1000 * float(np.median(taken))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gibibytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder, shape = Path(name), SHAPES["small"]
+        bench = Bench(shape, "cpu", torch.float32, 1)
+        layout = laid_out(bench.model, shape["side"], shape["text"], STEPS, ("o_x", "o_c"))
+        chunk = shape["side"] ** 2 * shape["heads"] * shape["head_dim"] * 4
+        samples = max(1, round(options.gibibytes * 2**30 / (chunk * STEPS * shape["layers"])))
+        written = fill(folder / "run.zarr", layout, samples, np.random.default_rng(0))
+        heads = (samples, STEPS, shape["layers"])
+        for variable, values in written.items():
+            np.save(folder / f"{variable}.npy", np.stack(values).reshape(*heads, *values[0].shape))
+        del written
+
+        def by_hand() -> np.ndarray:
+            o_x, o_c = (np.load(folder / f"{name}.npy") for name in ("o_x", "o_c"))
+            scores = np.einsum("stlnhd,stlchd->stlcn", o_x, o_c, optimize=True)
+            scores = np.exp(scores - scores.max(3, keepdims=True))
+            return (scores / scores.sum(3, keepdims=True)).mean((1, 2))
+
+        def ours() -> np.ndarray:
+            return dp.maps.saliency(dp.open(folder / "run.zarr"), space="output").values
+
+        found = ours().reshape(samples, len(WORDS), -1)
+        expected = by_hand()
+        assert np.abs(found - expected).max() < 1e-4, np.abs(found - expected).max()
+        times = measure({"numpy": by_hand, "dit-probe": ours}, options.rounds)
+        speed = {
+            arm: dict(
+                zip(("q25", "median", "q75"), np.percentile(times.wall["numpy"] / mine, (25, 50, 75)), strict=True)
+            )
+            for arm, mine in times.wall.items()
+        }
+        memory = {"numpy": peak(by_hand) / chunk, "dit-probe": peak(ours) / chunk}
+        milliseconds = opening(folder, options.rounds)
+    print({arm: round(value["median"], 3) for arm, value in speed.items()}, "speed over numpy")
+    print({arm: round(value, 1) for arm, value in memory.items()}, f"chunks of {chunk / 2**20:.0f} MiB at most")
+    print(f"{milliseconds:.0f} ms to open and print 19 layers x 28 steps x 5 variables")
+    settings = {"samples": samples, "steps": STEPS, "layers": shape["layers"], "chunk, MiB": chunk / 2**20}
+    everything = {
+        "settings": settings,
+        "speed over numpy": speed,
+        "seconds": {arm: float(np.median(values)) for arm, values in times.wall.items()},
+        "peak memory, chunks": memory,
+        "open, ms": milliseconds,
+    }
+    text = (
+        f"At most {memory['dit-probe']:.1f} chunks in memory, numpy {memory['numpy']:.0f}. "
+        f"{milliseconds:.0f} ms to open and print a store of 19 layers, 28 steps and 5 variables."
+    )
+    sections = [Section("Speed", text, [bars(speed, "speed over numpy", {"numpy": 1})])]
+    write("offline", "Maps from a store", "`saliency` against numpy on the same bytes.", everything, sections)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What tracing costs: arms that run the same forwards with and without a trace, in turns.
+
+    python benchmarks/overhead.py                   # on a CPU: the Flux-like model, 1024 + 128 tokens, float32
+    python benchmarks/overhead.py --shape flux      # Flux's own, bfloat16, 4096 + 512 tokens: for a GPU
+
+| arm | |
+|---|---|
+| hooks | plain torch hooks that keep references to what attention modules return: the floor of any capture |
+| processor | the model's attention processor replaced by one that keeps references to q, k, v and o |
+| nnsight | the same outputs as ``hooks``, saved by nnsight, where it is installed |
+| scores | six concepts, scores of the output space reduced in flight, in memory |
+| three scores | those of the output, value and cross spaces |
+| o_x o_c | both recorded in memory |
+| everything | o, q, k, v of image and concepts in memory |
+| reinvoke | every joint block called once more with the concepts in the text slot: what sharing nothing costs |
+
+The counted overhead is that of floating-point operations (torch's FlopCounterMode) with and without the trace. CPU time
+of the process counts, all threads included; every arm runs once a round, in a random order, and ratios are those of the
+same round. ``verify`` is off here: what it costs, once a trace, is an arm of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from alternating import bars, measure, write
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit_probe as dp
+from dit_probe import anatomy
+from dit_probe.report import Section
+from probes import ConceptAttention
+
+WORDS = ["sun", "sky", "boat", "grass", "water", "house"]
+SHAPES = {
+    "small": {"layers": 6, "single": 6, "heads": 8, "head_dim": 64, "side": 32, "text": 128, "axes": (16, 24, 24)},
+    "flux": {"layers": 19, "single": 38, "heads": 24, "head_dim": 128, "side": 64, "text": 512, "axes": (16, 56, 56)},
+    "one block": {"layers": 1, "single": 0, "heads": 2, "head_dim": 16, "side": 4, "text": 8, "axes": (4, 6, 6)},
+}
+
+
+def model_of(shape: dict[str, Any], device: str, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A Flux transformer with random weights, made on the device, and the inputs of a call."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    width = shape["heads"] * shape["head_dim"]
+    with torch.device(device):
+        model = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=shape["layers"],
+            num_single_layers=shape["single"],
+            attention_head_dim=shape["head_dim"],
+            num_attention_heads=shape["heads"],
+            joint_attention_dim=width,
+            pooled_projection_dim=256,
+            axes_dims_rope=shape["axes"],
+        )
+        side, text = shape["side"], shape["text"]
+        ids = torch.zeros(side, side, 3)
+        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+        inputs = {
+            "hidden_states": torch.randn(1, side * side, 64),
+            "encoder_hidden_states": torch.randn(1, text, width),
+            "pooled_projections": torch.randn(1, 256),
+            "timestep": torch.full((1,), 0.5),
+            "img_ids": ids.flatten(0, 1),
+            "txt_ids": torch.zeros(text, 3),
+        }
+    return model.to(dtype).eval(), {name: value.to(dtype) for name, value in inputs.items()}
+
+
+class Bench:
+    """The arms: each makes `forwards` calls of the model."""
+
+    def __init__(self, shape: dict[str, Any], device: str, dtype: torch.dtype, forwards: int) -> None:
+        self.model, self.inputs = model_of(shape, device, dtype)
+        self.forwards, self.device = forwards, device
+        self.concepts = torch.randn(len(WORDS), self.inputs["encoder_hidden_states"].shape[-1]).to(device, dtype)
+        self.blocks = anatomy.find(self.model).blocks(self.model)
+
+    def run(self) -> Any:
+        with torch.no_grad():
+            output = None
+            for _ in range(self.forwards):
+                output = self.model(**self.inputs, return_dict=False)[0]
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+    def traced(self, *, verify: Any = None, **options: Any) -> Callable[[], Any]:
+        probe = ConceptAttention(WORDS, steps=range(self.forwards), **options)
+
+        def arm() -> Any:
+            with dp.trace(self.model, probe, concepts=self.concepts, verify=verify, progress=False) as trace:
+                self.run()
+            return trace
+
+        return arm
+
+    def hooks(self) -> Any:
+        kept: list[Any] = []
+        handles = [
+            block.attention.register_forward_hook(lambda module, args, output: kept.append(output))
+            for block in self.blocks
+        ]
+        self.run()
+        for handle in handles:
+            handle.remove()
+        return kept
+
+    def processor(self) -> Any:
+        from diffusers.models import attention_dispatch
+
+        kept: list[Any] = []
+        plain = self.model.attn_processors
+
+        class Keeping:
+            def __init__(self, processor: Any) -> None:
+                self.processor = processor
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return self.processor(*args, **kwargs)
+
+        # The processors call the dispatcher; keeping its arguments is what a rewritten one would do.
+        from diffusers.models.transformers import transformer_flux
+
+        dispatch = attention_dispatch.dispatch_attention_fn
+
+        def keeping(query: Any, key: Any, value: Any, **options: Any) -> Any:
+            output = dispatch(query, key, value, **options)
+            kept.append((query, key, value, output))
+            return output
+
+        self.model.set_attn_processor({name: Keeping(processor) for name, processor in plain.items()})
+        transformer_flux.dispatch_attention_fn = keeping
+        try:
+            self.run()
+        finally:
+            transformer_flux.dispatch_attention_fn = dispatch
+            self.model.set_attn_processor(plain)
+        return kept
+
+    def nnsight(self) -> Callable[[], Any]:
+        from nnsight import NNsight
+
+        wrapped = NNsight(self.model)
+
+        lists = (wrapped.transformer_blocks, wrapped.single_transformer_blocks)
+        modules = [layer.attn for blocks in lists for layer in blocks]
+
+        def arm() -> Any:
+            kept: list[Any] = []
+            with torch.no_grad():
+                for _ in range(self.forwards):
+                    with wrapped.trace(**self.inputs, return_dict=False) as tracer:
+                        cache = tracer.cache(modules=modules).save()
+                    kept.append(cache)
+            return kept
+
+        return arm
+
+    def reinvoke(self) -> Any:
+        """Joint blocks called again with concepts in the text slot; scores of the output space at each."""
+        scores: list[torch.Tensor] = []
+        streams: dict[str, Any] = {}
+
+        def again(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if streams.get("busy"):
+                return
+            streams["busy"] = True
+            rotary = kwargs["image_rotary_emb"]
+            text = kwargs["encoder_hidden_states"].shape[1]
+            cut = tuple(torch.cat([part[: len(WORDS)], part[text:]]) for part in rotary)
+            c = streams.get("c")
+            c = self.model.context_embedder(self.concepts)[None] if c is None else c
+            seen: list[Any] = []
+            handle = module.attn.register_forward_hook(lambda m, a, o: seen.append(o))
+            c, _ = module(**{**kwargs, "encoder_hidden_states": c, "image_rotary_emb": cut})
+            handle.remove()
+            x, mine = seen[0][:2]
+            scores.append(torch.einsum("rnd,rcd->rcn", x.float(), mine.float()))
+            streams.update(c=c, busy=False)
+
+        def reset(*_: Any) -> None:
+            streams.clear()
+
+        handles = [self.model.register_forward_pre_hook(reset)]
+        handles += [b.module.register_forward_hook(again, with_kwargs=True) for b in self.blocks if b.kind == "joint"]
+        self.run()
+        for handle in handles:
+            handle.remove()
+        return scores
+
+    def arms(self) -> dict[str, Callable[[], Any]]:
+        one = {"record": (), "scores": ("output",)}
+        found = {
+            "plain": self.run,
+            "hooks": self.hooks,
+            "processor": self.processor,
+            "nnsight": None,
+            "scores": self.traced(**one),
+            "scores, verified": self.traced(verify="first", **one),
+            "three scores": self.traced(record=(), scores=("output", "value", "cross")),
+            "o_x o_c": self.traced(record=("o_x", "o_c")),
+            "everything": self.traced(record=[f"{letter}_{token}" for letter in "oqkv" for token in "xc"]),
+            "reinvoke": self.reinvoke,
+        }
+        if importlib.util.find_spec("nnsight") is not None:
+            found["nnsight"] = self.nnsight()
+        return {name: arm for name, arm in found.items() if arm is not None}
+
+    def counted(self, arm: Callable[[], Any]) -> int:
+        """Floating-point operations of an arm."""
+        with FlopCounterMode(display=False) as counter, contextlib.suppress(RuntimeError):
+            arm()
+        return counter.get_total_flops()
+
+
+def idle(rounds: int) -> dict[str, float]:
+    """Milliseconds that a trace which records nothing of a call adds to a model of one small block, a call."""
+    bench = Bench(SHAPES["one block"], "cpu", torch.float32, 50)
+    probe = ConceptAttention(WORDS, record=(), scores=("output",), steps=[10**6])
+
+    def attached() -> Any:
+        trace = dp.trace(bench.model, probe, concepts=bench.concepts, verify=None, progress=False)
+        with contextlib.suppress(dp.errors.DitProbeError), trace:
+            bench.run()
+
+    times = measure({"plain": bench.run, "attached": attached}, rounds)
+    each = (times.cpu["attached"] - times.cpu["plain"]) / bench.forwards * 1000
+    return {"median": float(sorted(each)[len(each) // 2]), "fastest": float(each.min())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["small", "flux"], default="small")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--forwards", type=int, default=2, help="calls of the model an arm and round")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    device = "cuda" if options.shape == "flux" and torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if options.shape == "flux" else torch.float32
+    bench = Bench(SHAPES[options.shape], device, dtype, options.forwards)
+    arms = bench.arms()
+    plain = bench.run()
+    assert torch.equal(plain, bench.run())
+    flops = {name: bench.counted(arms[name]) for name in ("plain", "scores", "three scores", "reinvoke")}
+    counted = {name: value / flops["plain"] for name, value in flops.items()}
+    times = measure(arms, options.rounds)
+    ratios = {clock: times.ratios("plain", clock) for clock in ("cpu", "wall")}
+    nothing = idle(options.rounds)
+    for name in arms:
+        line = "  ".join(f"{clock} {ratios[clock][name]['median']:.3f}" for clock in ratios)
+        print(f"{name:18} {line}" + (f"  counted {counted[name]:.4f}" if name in counted else ""))
+    print(f"idle: {nothing['median']:.3f} ms a call")
+    settings = {**vars(options), "device": device, "concepts": len(WORDS), "torch": torch.__version__}
+    found = {"settings": settings, "ratios": ratios, "counted": counted, "idle, ms a call": nothing}
+    found["seconds"] = {name: list(values) for name, values in times.cpu.items()}
+    shown = {name: value for name, value in ratios["cpu"].items() if name != "plain"}
+    write(
+        f"overhead_{options.shape}",
+        "What tracing costs",
+        f"Ratios to the plain forward in the same round; counted operations of scores: {counted['scores']:.4f}. "
+        f"A trace that records nothing adds {nothing['median']:.2f} ms to a call of a one-block model.",
+        found,
+        [Section("CPU time", "Median and quartiles over rounds.", [bars(shown, "CPU time over plain", {"plain": 1})])],
+    )
+
+
+if __name__ == "__main__":
+    main()
