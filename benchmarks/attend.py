@@ -6,7 +6,7 @@
 |---|---|
 | concatenated | keys and values of both in one tensor, made anew in every block: what `dit_probe.stream` does |
 | buffer | the same, copied into one tensor that all blocks share |
-| two parts | each part by itself, merged by their log-sum-exp: no copy of k_x and v_x, but logits as a tensor of their own |
+| two parts | each part by itself, merged by their log-sum-exp: no copy of k_x and v_x, but the logits are a tensor |
 
 Shapes are those of Flux and SD3.5 at 1024 x 1024 and of the Flux-like CPU model, six concepts.
 """

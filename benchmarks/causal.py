@@ -164,7 +164,7 @@ class Model:
             edits: dict[str, list[dp.Edit]] = {"none": []}
             for (name, kind), chosen in directions.items():
                 rows = [dp.edits.steer(d, STREAMS[name][1], strength) for d in chosen]
-                edits[f"{name} {kind}"] = [causal.by_row(rows)]
+                edits[f"{name} {kind}"] = [dp.edits.by_row(rows)]
             loss = partial(causal.denoising_loss, self.pipe, images, **TEXT)
             return {
                 name: {caption: regions(loss(captions[caption], edits=made), samples) for caption in which}

@@ -11,9 +11,11 @@
 | dit-probe | `dit_probe.store`'s writer, its queue and threads |
 | icechunk | zarr into an Icechunk repository with one commit, where it is installed |
 
-Every arm ends when its files have reached the disk (fsync of each). Bytes are those of bfloat16 noise, which no codec
-makes smaller. Below, a run of the Flux-like model that writes these four variables is held against the same run without
-a trace and against the bytes at np.save's rate of the same round.
+Every arm ends when its files have reached the disk (fsync of each). Noise, which no codec makes much smaller: bfloat16
+is compressed all the same, float16 and float32 are not (`dit_probe.store.encoding`).
+
+Below, a run of the Flux-like model that writes these four variables is held against the same run without a trace and
+against the bytes at np.save's rate of the same round.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def layout_of(model: Any, steps: int, record: tuple[str, ...] = RECORD) -> Layou
 
 
 def synced(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -70,14 +74,16 @@ def synced(folder: Path) -> None:
 class Records:
     """The records of a few samples, and every way to write them."""
 
-    def __init__(self, folder: Path, samples: int) -> None:
+    def __init__(self, folder: Path, samples: int, dtype: str) -> None:
         self.folder, self.samples = folder, samples
-        model = Bench(SHAPES["small"], "cpu", torch.bfloat16, 1).model
+        model = Bench(SHAPES["small"], "cpu", getattr(torch, dtype), 1).model
         self.layout = layout_of(model, STEPS)
         variable = self.layout.variables[0]
         shape = tuple(self.layout.sizes[dim] for dim in variable.dims)
         self.layers = len(variable.layers or ())
-        self.record = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype("<u2")
+        noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+        bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
+        self.record = bits if dtype == "bfloat16" else noise.astype(dtype)
         self.count = samples * STEPS * self.layers * len(RECORD)
         self.bytes = self.count * self.record.nbytes
 
@@ -101,7 +107,7 @@ class Records:
 
     def one_file(self, place: Path) -> None:
         with open(place / "all.npy", "wb") as file:
-            header = {"descr": "<u2", "fortran_order": False, "shape": (self.count, *self.record.shape)}
+            header = {"descr": self.record.dtype.str, "fortran_order": False, "shape": (self.count, *self.record.shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for _ in range(self.count):
                 file.write(self.record.data)
@@ -114,7 +120,8 @@ class Records:
         shape = (self.samples, STEPS, self.layers, *self.record.shape)
         chunks = (1, 1, 1, *self.record.shape)
         return {
-            name: group.create_array(name, shape=shape, chunks=chunks, dtype="uint16", **options) for name in RECORD
+            name: group.create_array(name, shape=shape, chunks=chunks, dtype=self.record.dtype, **options)
+            for name in RECORD
         }
 
     def zarr(self, place: Path) -> None:
@@ -160,7 +167,7 @@ def end_to_end(folder: Path, rounds: int, forwards: int) -> dict[str, Any]:
                 file.write(block)
 
     block = os.urandom(2**20)
-    arm = Records(folder, 1).arm
+    arm = Records(folder, 1, "float32").arm
     times = measure({"plain": bench.run, "traced": arm(traced)}, 1)
     times = measure({"plain": bench.run, "traced": arm(traced), "np.save": arm(saved)}, rounds)
     limit = np.maximum(times.wall["plain"], times.wall["np.save"])
@@ -178,10 +185,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--forwards", type=int, default=4, help="steps of the run that is traced")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    records = Records(options.folder, options.samples)
+    records = Records(options.folder, options.samples, options.dtype)
     arms = {"np.save": records.one_file, "files": records.files, "zarr": records.zarr, "dit-probe": records.ours}
     if importlib.util.find_spec("icechunk") is not None:
         arms["icechunk"] = records.icechunk
@@ -199,14 +207,20 @@ def main() -> None:
     for name in arms:
         print(f"{name:10} {rates[name]:7.0f} MiB/s  {speed[name]['median']:.2f} of np.save")
     print("traced run over the larger of plain run and np.save:", whole["traced over the larger"])
-    settings = {"MiB": megabytes, "records": records.count, "rounds": options.rounds, "zarr": zarr.__version__}
+    settings = {
+        "dtype": options.dtype,
+        "MiB": megabytes,
+        "records": records.count,
+        "rounds": options.rounds,
+        "zarr": zarr.__version__,
+    }
     found = {"settings": settings, "speed over np.save": speed, "MiB/s": rates, "end to end": whole}
     text = (
         "Wall time, fsync included; 1 is np.save of the same round. A traced run takes "
         f"{whole['traced over the larger']['median']:.2f} times the larger of the run alone and the disk alone."
     )
     sections = [Section("Speed", text, [bars(speed, "speed over np.save", {"np.save": 1})])]
-    write("store", "Writing a store", f"{megabytes:.0f} MiB of activations.", found, sections)
+    write(f"store_{options.dtype}", "Writing a store", f"{megabytes:.0f} MiB of activations.", found, sections)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ class AttentionTap:
         try:
             if changes is not None:
                 if self._both:
-                    self.unchanged.append(_call(args, kwargs, function(*args, **kwargs), heads_first))
+                    with torch.no_grad():  # looked at and left: checkpointing counts what is kept for gradients
+                        self.unchanged.append(_call(args, kwargs, function(*args, **kwargs), heads_first))
                 args, kwargs = _changed(changes, args, kwargs, heads_first)
             result = function(*args, **kwargs)
         finally:

@@ -261,8 +261,12 @@ class BlockEdits:
                     "output (context_pre_only). Edit 'o_p' or 'v_p' there, or drop the layer"
                 )
             parts = [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
-            if tensor.untyped_storage().data_ptr() not in {part.untyped_storage().data_ptr() for part in parts}:
+            storage = tensor.untyped_storage().data_ptr()
+            shared = [part for part in parts if part.untyped_storage().data_ptr() == storage]
+            if not shared:
                 raise EditError(f"{self.block.path}: {site!r} is no part of what the block hands on; edit 'o_{site}'")
+            if not any(part is tensor for part in shared):  # the same view, made where gradients are on if they are
+                tensor = shared[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             # In place, for this is how the next block gets it; gradients need what the function saw.
             tensor.copy_(self._edited(site, tensor.clone() if torch.is_grad_enabled() else tensor))
 

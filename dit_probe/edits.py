@@ -1,4 +1,4 @@
-"""Ready-made edits: ablations, patching from another run, steering, blocked attention.
+"""Ready-made edits: ablations, patching from another run, steering, blocked attention; and several side by side.
 
 Each returns a `dit_probe.Edit` (where the words after ``**where`` are its layers, steps and branch). `tokens` are those
 of the site's own stream, as indices or as a bool mask, of image tokens also (y, x) or (frame, y, x); None: all.
@@ -7,6 +7,7 @@ of the site's own stream, as indices or as a bool mask, of image tokens also (y,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -203,6 +204,31 @@ def block(
         return keep
 
     return Edit("attends", cut, **where)
+
+
+def by_row(edits: Sequence[Edit]) -> Edit:
+    """Edits side by side: the first row of a batch gets the first, the second the second, and so on.
+
+    Args:
+        edits: one a row, of the same site, layers, steps and branch.
+
+    Raises:
+        EditError: they differ in where they are made; when it is made, another number of rows.
+
+    Example:
+        >>> by_row([zero("x", tokens=[0], layers=[1]), zero("x", tokens=[1], layers=[1])]).layers
+        [1]
+    """
+    edits = list(edits)
+    if not edits or any(replace(edit, function=edits[0].function) != edits[0] for edit in edits):
+        raise EditError("edits by row need one edit a row, and all of the same site, layers, steps and branch")
+
+    def function(a: Tensor, point: Point) -> Tensor:
+        if len(a) != len(edits):
+            raise EditError(f"{len(edits)} edits by row, but {point.site} has {len(a)} rows: give one for each sample")
+        return torch.cat([edit.function(row, point) for edit, row in zip(edits, a.split(1), strict=True)])
+
+    return replace(edits[0], function=function)
 
 
 def _replace(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,35 @@ from dit_probe.errors import ModelError, TraceError
 from dit_probe.pipelines import Generation
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Noised:
+    """Real images or videos at one noise level, as `predict` takes them through the transformer.
+
+    Attributes:
+        pictures: a list of frames each; an image is a video of one frame.
+        prompts: one per picture.
+        seed: of the noise.
+        clean: latents without noise, as the transformer takes them.
+        noise: standard normal, of the same shape.
+        mixed: the two, mixed by the pipeline's own scheduler.
+        timestep: noise level, 0 to 1000.
+        sigma: share of noise in the mixture.
+        call: the transformer's arguments other than the latents and the timestep.
+        text: what was given to the pipeline's ``encode_prompt`` beside the prompts.
+    """
+
+    pictures: Sequence[Sequence[Image.Image]]
+    prompts: Sequence[str]
+    seed: int
+    clean: Tensor
+    noise: Tensor
+    mixed: Tensor
+    timestep: float
+    sigma: float
+    call: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+
 def encode(
     pipe: Any,
     images: Any,
@@ -58,35 +87,73 @@ def encode(
         >>> run.dataset.timestep.values.tolist()
         [500.0]
     """
-    anatomy, model = find(pipe), transformer_of(pipe)
-    if model is pipe:
+    with torch.no_grad():
+        prediction = predict(pipe, noised(pipe, images, prompts, timestep, seed, **text))
+    pipe.maybe_free_model_hooks()
+    return prediction
+
+
+@torch.no_grad()
+def noised(
+    pipe: Any, images: Any, prompts: str | Sequence[str], timestep: float = 500, seed: int = 0, **text: Any
+) -> Noised:
+    """The first half of `encode`: autoencoder, text encoders and noise.
+
+    Args:
+        pipe: as for `encode`, as are all others.
+        images: real ones.
+        prompts: one for all, or one per image.
+        timestep: noise level, 0 to 1000.
+        seed: of the noise.
+        **text: for the pipeline's ``encode_prompt``.
+
+    Raises:
+        ModelError, TraceError: as `encode`.
+
+    Example:
+        >>> from dit_probe.testing import tiny_pipeline
+        >>> pipe = tiny_pipeline("flux")
+        >>> found = noised(pipe, Image.new("RGB", (16, 16)), "a sun", timestep=250)
+        >>> found.sigma, bool((found.mixed == 0.75 * found.clean + 0.25 * found.noise).all())
+        (0.25, True)
+    """
+    anatomy = find(pipe)
+    if transformer_of(pipe) is pipe:
         raise ModelError("encode needs the pipeline, whose VAE and text encoders it uses; found its transformer")
     if not 0 <= timestep <= 1000:
         raise TraceError(f"timestep={timestep}; give a noise level from 0 (clean) to 1000 (noise only)")
-    video = hasattr(pipe, "video_processor")
-    pictures = _pictures(images, video)
+    pictures = _pictures(images, hasattr(pipe, "video_processor"))
     prompts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(pictures):
         raise TraceError(f"{len(prompts)} prompts for {len(pictures)} images; give one for all, or one for each")
-
     inputs = anatomy.prepare(pipe, pictures, prompts, seed, **text)
-    noised, timestep, sigma = _mix(pipe.scheduler, inputs.latents, inputs.noise, timestep)
-    rows = len(pictures)
+    mixed, timestep, sigma = _mix(pipe.scheduler, inputs.latents, inputs.noise, timestep)
+    return Noised(pictures, prompts, seed, inputs.latents, inputs.noise, mixed, timestep, sigma, inputs.call, text)
+
+
+def predict(pipe: Any, inputs: Noised) -> Tensor:
+    """The second half of `encode`: the transformer, once, with gradients where they are on.
+
+    Args:
+        pipe: the pipeline.
+        inputs: what `noised` made of real images; the same may be used again.
+
+    Returns:
+        The transformer's prediction.
+    """
+    model, prompts, rows = transformer_of(pipe), inputs.prompts, len(inputs.pictures)
     run = tracing.active(model)
     recorded: Any = contextlib.nullcontext()
     if run is not None:
-        generation = Generation(
-            rows, {"cond": prompts}, prompts, [seed] * rows, timesteps=[float(timestep)], sigmas=[sigma]
-        )
-        arrays = [np.stack([np.asarray(frame) for frame in frames]) for frames in pictures]
-        recorded = run.recorded(
-            generation, [array if video else array[0] for array in arrays], text.get("max_sequence_length")
-        )
-    time = torch.full((rows,), timestep / anatomy.timestep_scale, device=noised.device, dtype=noised.dtype)
+        at = [float(inputs.timestep)], [inputs.sigma]
+        generation = Generation(rows, {"cond": prompts}, prompts, [inputs.seed] * rows, *at)
+        arrays = [np.stack([np.asarray(frame) for frame in frames]) for frames in inputs.pictures]
+        arrays = arrays if hasattr(pipe, "video_processor") else [array[0] for array in arrays]
+        recorded = run.recorded(generation, arrays, inputs.text.get("max_sequence_length"))
+    mixed = inputs.mixed
+    time = torch.full((rows,), inputs.timestep / find(pipe).timestep_scale, device=mixed.device, dtype=mixed.dtype)
     with recorded:
-        prediction = model(hidden_states=noised, timestep=time, return_dict=False, **inputs.call)[0]
-    pipe.maybe_free_model_hooks()
-    return prediction
+        return model(hidden_states=mixed, timestep=time, return_dict=False, **inputs.call)[0]
 
 
 def _pictures(images: Any, video: bool) -> list[list[Image.Image]]:

@@ -15,12 +15,17 @@ import xarray as xr
 
 from dit_probe.errors import MapError
 from dit_probe.panels import SCALE, Sheet, data_uri, label, pixels
+from dit_probe.statistics import bootstrap
 
 _PANEL = 190
 """Longer side of a panel of an overlay, in screen pixels."""
+_LINES = (("33,145,140", "solid"), ("200,100,27", "solid"), ("118,118,118", "dot"))
+"""Colour and dash of the lines of a plot, readable on light and dark."""
 
 
-def overlay(image: Any, maps: xr.DataArray, *, opacity: float = 0.6, shared: bool = True) -> go.Figure:
+def overlay(
+    image: Any, maps: xr.DataArray, *, opacity: float = 0.6, shared: bool = True, columns: int | None = None
+) -> go.Figure:
     """The image, then the image under the map of each concept.
 
     Args:
@@ -28,6 +33,7 @@ def overlay(image: Any, maps: xr.DataArray, *, opacity: float = 0.6, shared: boo
         maps: (concept, y, x) of one sample, as `dit_probe.maps.saliency` gives; patches are stretched to the image.
         opacity: of the maps, 0..1.
         shared: one colour scale for all concepts; False gives each its own, to see a faint map (no colour bar).
+        columns: panels a row; None: at most five, in rows as even as they can be.
 
     Returns:
         A figure of as many rows as it takes.
@@ -44,7 +50,7 @@ def overlay(image: Any, maps: xr.DataArray, *, opacity: float = 0.6, shared: boo
     names = _names(maps, "concept")
     picture = None if image is None else pixels(image)
     first = 0 if picture is None else 1
-    columns = _columns(first + len(names))
+    columns = min(columns or _columns(first + len(names)), first + len(names))
     height, width = maps.shape[-2:]
     sheet = Sheet(-(-(first + len(names)) // columns), columns, (height, width), side=_PANEL, shape=_shape(picture))
     source = None if picture is None else data_uri(picture)
@@ -217,8 +223,7 @@ def ablation(table: xr.DataArray) -> go.Figure:
     """
     table = _one(table, ("step", "layer"), "table")
     layers, steps = _names(table, "layer"), [_flat(text) for text in _names(table, "step")]
-    units = f" [{table.attrs['units']}]" if "units" in table.attrs else ""
-    quantity = label(str(table.name or "value") + units)
+    quantity = _with_units(table)
     cell = int(np.clip(640 / len(layers), 14, 44)), int(np.clip(400 / len(steps), 12, 44))
     wide, high = max(cell[0] * len(layers), 220), max(cell[1] * len(steps), 110)
     margin, side, gap = {"l": 110, "r": 100, "t": 44, "b": 56}, 90, 12
@@ -247,6 +252,51 @@ def ablation(table: xr.DataArray) -> go.Figure:
         "xaxis2": {**value, "nticks": 3, "domain": [(wide + gap) / across, 1], "anchor": "y", **_titled("mean")},
     }
     return go.Figure({"data": data, "layout": layout})
+
+
+def curves(score: xr.DataArray) -> go.Figure:
+    """An effect by the share of tokens that is ablated: one line an order, with a band, its 95 % interval over samples.
+
+    Args:
+        score: (order, share[, sample]), as `dit_probe.causal.curves` gives, of one region, concept or the like. Lines
+            are means of the samples that are defined; intervals are those of `dit_probe.statistics.bootstrap`. Its name
+            and its attribute ``units`` are printed.
+
+    Raises:
+        MapError: other dims; nothing but NaN.
+
+    Example:
+        >>> score = xr.DataArray(np.random.rand(3, 5, 8), dims=("order", "share", "sample"), name="change")
+        >>> len(curves(score.assign_coords(share=np.linspace(0, 1, 5))).data)  # a line and a band each
+        6
+    """
+    score = score if "sample" in score.dims else score.expand_dims("sample")
+    score = _one(score, ("order", "share", "sample"), "score")
+    found = bootstrap(score)
+    share, quantity = score["share"].values, _with_units(score)
+    data: list[dict[str, Any]] = []
+    for index, name in enumerate(_names(score, "order")):
+        mean, low, high = (found[part].values[index] for part in ("mean", "low", "high"))
+        colour, dash = _LINES[index % len(_LINES)]
+        inside = {"type": "scatter", "x": [*share, *share[::-1]], "y": [*low, *high[::-1]], "hoverinfo": "skip"}
+        data.append(
+            {**inside, "fill": "toself", "fillcolor": f"rgba({colour},0.2)", "mode": "none", "showlegend": False}
+        )
+        line = {"type": "scatter", "x": share, "y": mean, "name": name, "mode": "lines+markers"}
+        hover = f"{label(name)}, %{{x:.0%}} ablated<br>{quantity} <b>%{{y:.4g}}</b><extra></extra>"
+        data.append({**line, "line": {"color": f"rgb({colour})", "dash": dash}, "hovertemplate": hover})
+    axis = {"gridcolor": "rgba(127,127,127,0.3)", "zeroline": False}
+    layout = Sheet.page(560, 400, {"l": 84, "r": 24, "t": 52, "b": 60}) | {
+        "xaxis": {**axis, "tickformat": ".0%", **_titled("tokens ablated")},
+        "yaxis": {**axis, **_titled(quantity)},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
+    }
+    return go.Figure({"data": data, "layout": layout})
+
+
+def _with_units(table: xr.DataArray) -> str:
+    """Name and units of what an axis or a colour bar shows."""
+    return label(str(table.name or "value") + (f" [{table.attrs['units']}]" if "units" in table.attrs else ""))
 
 
 def _titled(text: str) -> dict[str, Any]:

@@ -228,6 +228,49 @@ def prompt_attention(
     return array
 
 
+def features(
+    ds: xr.Dataset,
+    which: int | Sequence[int],
+    site: str = "x",
+    *,
+    layers: int | Sequence[int] | None = None,
+    steps: int | Sequence[int] | None = None,
+) -> xr.DataArray:
+    """Where features of a sparse autoencoder are active, averaged over steps and layers.
+
+    Args:
+        ds: a trace with ``feature_<site>_value`` and ``feature_<site>_index`` (the probe `SparseFeatures`).
+        which: numbers of features.
+        site: the activation that was encoded.
+        layers: layer labels; None: all that were recorded. Layers with dictionaries of their own share no features.
+        steps: step labels; None: all that were recorded.
+
+    Returns:
+        (sample, [branch,] concept, [frame,] y, x), a feature being one ``concept``; 0 where it is not among those kept.
+
+    Raises:
+        MapError: the variables, or a label, were not recorded; a site of the prompt.
+
+    Example:
+        >>> tokens = ("sample", "step", "layer", "image_token", "rank"), np.array([[[[[3.0, 1.0], [2.0, 0.0]]]]])
+        >>> ds = xr.Dataset({"feature_x_value": tokens, "feature_x_index": (tokens[0], [[[[[7, 5], [5, -1]]]]])})
+        >>> ds = ds.assign_coords(patch_y=("image_token", [0, 0]), patch_x=("image_token", [0, 1]))
+        >>> features(ds, [5, 7]).values.tolist()
+        [[[[1.0, 2.0]], [[3.0, 0.0]]]]
+    """
+    _check(ds)
+    needed = f"feature_{site}_value", f"feature_{site}_index"
+    picked = select(ds, (needed,), layers, steps, purpose=f"site={site!r}", fix="the probe SparseFeatures")
+    value, index = picked.arrays
+    wanted = np.atleast_1d(which)
+    names = {"concept": [f"feature {number}" for number in wanted]}
+    # A product, and no skipna: what was not recorded stays NaN.
+    found = (value * (index == xr.DataArray(wanted, names, ["concept"]))).sum("rank", skipna=False)
+    array = grid(_ordered(found).mean([dim for dim in ("step", "layer") if dim in found.dims], skipna=False))
+    array.name, array.attrs = "feature", {"site": site, "layers": picked.layers, "steps": picked.steps}
+    return array
+
+
 def grid(array: xr.DataArray) -> xr.DataArray:
     """Lay ``image_token`` out as ``(frame,) y, x``, by the coordinates ``patch_frame``, ``patch_y`` and ``patch_x``.
 

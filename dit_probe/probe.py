@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_probe import schema
 from dit_probe.errors import ProbeError, SiteError
+from dit_probe.tabular import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,9 @@ class Probe:
     observes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Variables that `observe` returns, with their dims."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Activations that `observe` reads."""
+    """Activations that `observe` reads; with ``x`` or ``p`` among them it is called when the block has run."""
+    sizes: ClassVar[Mapping[str, int]] = {}
+    """Lengths of the dims in `observes` that no other variable has."""
 
     def __post_init__(self) -> None:
         from dit_probe.concepts import check_words
@@ -128,12 +131,17 @@ class Probe:
 
         Args:
             block: where this is.
-            activations: the tensors named in `needs`, (row, token, head, head_dim).
+            activations: the tensors named in `needs`, (row, token, head, head_dim); of ``x`` and ``p`` (row, token,
+                width).
 
         Returns:
             One tensor (row, *dims) for every name in `observes`.
         """
         return {}
+
+    def _repr_html_(self) -> str:
+        fields = [(field.name, str(getattr(self, field.name))) for field in dataclasses.fields(self)]
+        return Table([("", type(self).__name__), *fields]).html()
 
     def __or__(self, other: Probe | Combination) -> Combination:
         return Combination(self) | other
@@ -161,6 +169,12 @@ class Combination(tuple[Probe, ...]):
                 raise ProbeError(f"expected a Probe, found {type(probe).__name__}")
             flat.extend([probe] if isinstance(probe, Probe) else probe)
         return super().__new__(cls, flat)
+
+    def __getnewargs__(self) -> Any:
+        return tuple(self)  # to be pickled: a tuple gives itself as one argument
+
+    def _repr_html_(self) -> str:
+        return "".join(probe._repr_html_() for probe in self)
 
     def __or__(self, other: Probe | Combination) -> Combination:
         return Combination(self, other)
@@ -209,7 +223,7 @@ class Combination(tuple[Probe, ...]):
             fields = {field.name: getattr(probe, field.name) for field in dataclasses.fields(probe)}
             fields.pop("concepts")
             kept.append({"probe": type(probe).__name__, **fields})
-        return json.loads(json.dumps(kept))
+        return json.loads(json.dumps(kept, default=lambda value: type(value).__name__))
 
     def layers(self, blocks: Sequence[Block], model: str) -> dict[str, tuple[int, ...]]:
         """Layers at which each variable is recorded.

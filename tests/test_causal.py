@@ -50,9 +50,9 @@ def test_an_edit_changes_the_pictures_of_its_own_row(family: str):
     pipe = pipeline(family)
     measure = causal.change(pipe, PROMPTS, seeds=[3, 4], **call(family))
     assert (measure(edits=[]) == 0).all()
-    assert (measure(edits=[causal.by_row([same, same])]) == 0).all()
+    assert (measure(edits=[dp.edits.by_row([same, same])]) == 0).all()
     silent = dp.edits.zero("x")
-    found = measure(edits=[causal.by_row([same, silent])])
+    found = measure(edits=[dp.edits.by_row([same, silent])])
     assert (found[0] == 0).all() and (found[1] > 0).all()
     # The same by hand, of the second sample alone
     options = {"prompt": PROMPTS[1], "seed": 4, **call(family)}
@@ -111,7 +111,7 @@ def test_epsilon_models_predict_the_noise():
 def test_the_same_words_are_worth_nothing(family: str):
     pipe, shown = pipeline(family), pictures(family)
     gap = partial(causal.denoising_gap, pipe, shown, PROMPTS, **TEXT[family])
-    silent = causal.by_row([same, dp.edits.zero("x")])
+    silent = dp.edits.by_row([same, dp.edits.zero("x")])
     assert (gap(without=PROMPTS, edits=[silent]) == 0).all()
     worth, edited = gap(without=""), gap(without="", edits=[silent])
     assert (worth != 0).any(["y", "x"]).all()
@@ -189,7 +189,7 @@ def test_ablation_of_a_pipeline(family: str):
     assert all((idle[name] == 0).all() for name in ("none", "top", "random", "moved"))
     found = causal.ablation(measure, ranked, k=2, draws=2)
     assert found.tokens.sum("sample").sum() == 4 and found.random.sizes["draw"] == 2
-    alone = causal.by_row(
+    alone = dp.edits.by_row(
         [dp.edits.block("image", "prompt", query_tokens=row, layers="all") for row in found.tokens.values]
     )
     assert (found.top == measure(edits=[alone])).all() and (found.top > 0).any()
@@ -265,11 +265,11 @@ def odd_scheduler() -> object:
 @pytest.mark.parametrize(
     ("do", "error", "says"),
     [
-        (lambda: causal.by_row([]), EditError, "one edit a row"),
-        (lambda: causal.by_row([same, replace(same, site="p")]), EditError, "all of the same site"),
+        (lambda: dp.edits.by_row([]), EditError, "one edit a row"),
+        (lambda: dp.edits.by_row([same, replace(same, site="p")]), EditError, "all of the same site"),
         (lambda: causal.change(pipeline("flux"), ["a", "b"], seeds=[1, 2, 3]), MetricError, "2 prompts and 3 seeds"),
         (
-            lambda: causal.change(pipeline("flux"), "a sun", **call("flux"))(edits=[causal.by_row([same] * 2)]),
+            lambda: causal.change(pipeline("flux"), "a sun", **call("flux"))(edits=[dp.edits.by_row([same] * 2)]),
             EditError,
             "2 edits by row, but x has 1 rows",
         ),

@@ -50,6 +50,13 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def effect() -> xr.DataArray:
+    """(order, share, sample), as `dit_probe.causal.curves` gives."""
+    labels = {"order": ["deletion", "insertion", "random"], "share": [0, 0.25, 1]}
+    values = np.random.default_rng(1).random((3, 3, 6))
+    return xr.DataArray(values, labels, ("order", "share", "sample"), name="change", attrs={"units": "of 1"})
+
+
 def every_figure() -> dict:
     table = xr.DataArray(np.random.default_rng(0).random((4, 3)), dims=("layer", "step"), name="mIoU")
     plain = maps(("concept", 3))
@@ -58,11 +65,12 @@ def every_figure() -> dict:
         "small_multiples": figures.small_multiples(maps(("concept", 2), ("layer", 5)), "layer"),
         "spaces": figures.spaces(picture(), {"output": plain, "value": plain, "cross": plain}),
         "ablation": figures.ablation(table),
+        "curves": figures.curves(effect()),
         "video": figures.video([picture()] * 5, maps(("concept", 2), ("frame", 3))),
     }
 
 
-@pytest.mark.parametrize("name", ["overlay", "small_multiples", "spaces", "ablation", "video"])
+@pytest.mark.parametrize("name", ["overlay", "small_multiples", "spaces", "ablation", "curves", "video"])
 def test_every_figure_reads_on_light_and_dark_pages(name, tmp_path):
     figure = every_figure()[name]
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
@@ -201,6 +209,29 @@ def test_ablation_leaves_gaps_and_averages_what_is_there():
     assert heat.colorbar.title.text == "AUROC [%]"
     assert figures.ablation(table.assign_coords(step=[0, 1, 2])).data[0].y[0] == "0 (t 900)"
     figures.ablation(table.isel(step=[0]))
+
+
+def test_curves_have_a_line_and_a_band_an_order():
+    score = effect()
+    score[0, 1, 2:] = np.nan  # samples without the concept are left out of the mean
+    figure = figures.curves(score)
+    bands, lines = figure.data[::2], figure.data[1::2]
+    assert [line.name for line in lines] == ["deletion", "insertion", "random"]
+    for band, line, values in zip(bands, lines, score.values, strict=True):
+        assert list(line.x) == [0, 0.25, 1]
+        np.testing.assert_allclose(line.y, np.nanmean(values, axis=1))
+        low, high = np.split(np.asarray(band.y), 2)
+        assert (low < line.y).all() and (line.y < high[::-1]).all()
+        assert contrast(line_colour(line), "#ffffff") >= 3 and contrast(line_colour(line), "#111111") >= 3
+    assert figure.layout.yaxis.title.text == "change [of 1]"
+    alone = figures.curves(score.isel(sample=0, drop=True))
+    np.testing.assert_array_equal(alone.data[1].y, score[0, :, 0])
+    with pytest.raises(MapError, match=r"several along region \(2\)"):
+        figures.curves(score.expand_dims(region=["inside", "outside"]))
+
+
+def line_colour(line) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in line.line.color[4:-1].split(","))
 
 
 def test_video_shows_the_map_nearest_in_time():

@@ -8,25 +8,28 @@
 | `curves` | another: more and more tokens, in the order of the map, in the opposite and in any |
 | `by_region` | an effect inside and outside of masks |
 | `patching` | at which layer and step an activation decides between two prompts |
+| `gradients` | how a number that the model computes, such as its `denoising` loss, changes with every activation |
 
 Effects and designs combine freely: an effect is a function that takes ``edits=[...]`` and answers along ``sample``, a
-design calls it with its edits. `by_row` gives each sample of a batch its own.
+design calls it with its edits. `dit_probe.edits.by_row` gives each sample of a batch its own.
 """
 
+from dit_probe.causal.attribution import gradients
 from dit_probe.causal.cells import patching
-from dit_probe.causal.effects import Effect, by_region, change, denoising_gap, denoising_loss
-from dit_probe.causal.tokens import Ablate, ablation, by_row, curves, cut_from_prompt
+from dit_probe.causal.effects import Effect, by_region, change, denoising, denoising_gap, denoising_loss
+from dit_probe.causal.tokens import Ablate, ablation, curves, cut_from_prompt
 
 __all__ = [
     "Ablate",
     "Effect",
     "ablation",
     "by_region",
-    "by_row",
     "change",
     "curves",
     "cut_from_prompt",
+    "denoising",
     "denoising_gap",
     "denoising_loss",
+    "gradients",
     "patching",
 ]

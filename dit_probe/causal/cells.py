@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dit_probe import figures
 from dit_probe.causal.effects import generate
-from dit_probe.causal.tokens import by_row
 from dit_probe.edit import Edit, Point
-from dit_probe.edits import Tokens, patch
+from dit_probe.edits import Tokens, by_row, patch
 from dit_probe.errors import MetricError
 from dit_probe.probe import Probe
 from dit_probe.tracing import trace

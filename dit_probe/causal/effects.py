@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_probe.anatomy import find, transformer_of
 from dit_probe.anatomy.block import Grid
 from dit_probe.edit import Edit
-from dit_probe.encoding import _mix, _pictures, encode
+from dit_probe.encoding import Noised, noised, predict
 from dit_probe.errors import MetricError, ModelError
 from dit_probe.tracing import trace
 
@@ -104,16 +104,51 @@ def denoising_loss(
         >>> denoising_loss(tiny_pipeline("flux"), Image.new("RGB", (16, 16)), "a sun").sizes
         Frozen({'sample': 1, 'y': 4, 'x': 4})
     """
-    _prediction_type(pipe)
-    with _edited(pipe, edits):
-        prediction = encode(pipe, images, prompts, timestep, seed, **text)
-    target, grid = _target(pipe, images, prompts, timestep, seed, text)
-    if prediction.shape != target.shape:
-        raise ModelError(
-            f"{type(transformer_of(pipe)).__name__} predicts {tuple(prediction.shape)} of a latent "
-            f"{tuple(target.shape)}; a denoising loss needs both alike"
-        )
-    return _by_token(pipe, (target.float() - prediction.float()).square(), _sizes(grid))
+    measure = denoising(pipe, images, prompts, timestep=timestep, seed=seed, **text)
+    with torch.no_grad(), _edited(pipe, edits):
+        loss = measure().cpu()
+    pipe.maybe_free_model_hooks()
+    return xr.DataArray(loss.numpy(), dims=("sample", *PLACE[4 - loss.ndim :]))
+
+
+def denoising(
+    pipe: Any, images: Any, prompts: str | Sequence[str], *, timestep: float = 500, seed: int = 0, **text: Any
+) -> Callable[[], Tensor]:
+    """`denoising_loss` as a function that can be differentiated (`gradients`).
+
+    Autoencoder and text encoders run once, when it is made.
+
+    Args:
+        pipe: as for `denoising_loss`, as are all others.
+        images: real ones.
+        prompts: one for all, or one per image.
+        timestep: noise level, 0 to 1000.
+        seed: of the noise.
+        **text: for the pipeline's ``encode_prompt``.
+
+    Returns:
+        A function without arguments that runs the transformer and gives (row, [frame,] y, x), with gradients where
+        they are on.
+
+    Raises:
+        ModelError: as `denoising_loss`.
+    """
+    kind = _prediction_type(pipe)
+    inputs = noised(pipe, images, prompts, timestep, seed, **text)
+    target = _target(kind, inputs)
+    arguments = {"hidden_states": inputs.clean, **inputs.call}
+    sizes = _sizes(find(pipe).grid(transformer_of(pipe), arguments))
+
+    def measure() -> Tensor:
+        prediction = predict(pipe, inputs)
+        if prediction.shape != target.shape:
+            raise ModelError(
+                f"{type(transformer_of(pipe)).__name__} predicts {tuple(prediction.shape)} of a latent "
+                f"{tuple(target.shape)}; a denoising loss needs both alike"
+            )
+        return _by_token(pipe, (target - prediction.float()).square(), sizes)
+
+    return measure
 
 
 def denoising_gap(
@@ -184,21 +219,11 @@ def _edited(pipe: Any, edits: Sequence[Edit]) -> Any:
     return trace(pipe, edits=edits, progress=False) if edits else contextlib.nullcontext()
 
 
-@torch.no_grad()
-def _target(pipe: Any, images: Any, prompts: Any, timestep: float, seed: int, text: Any) -> tuple[Tensor, Grid]:
-    """What the model should have predicted, and where its tokens are."""
-    anatomy, pictures = find(pipe), _pictures(images, hasattr(pipe, "video_processor"))
-    prompts = [prompts] * len(pictures) if isinstance(prompts, str) else prompts
-    inputs = anatomy.prepare(pipe, pictures, prompts, seed, **text)
-    latents, noise = inputs.latents.float(), inputs.noise.float()
-    grid = anatomy.grid(transformer_of(pipe), {"hidden_states": latents, **inputs.call})
-    kind = _prediction_type(pipe)
-    if kind == "flow":
-        return noise - latents, grid
-    if kind == "epsilon":
-        return noise, grid
-    sigma = _mix(pipe.scheduler, latents, noise, timestep)[2]
-    return (1 - sigma**2) ** 0.5 * noise - sigma * latents, grid
+def _target(kind: str, inputs: Noised) -> Tensor:
+    """What the model should predict, in float32."""
+    clean, noise, sigma = inputs.clean.float(), inputs.noise.float(), inputs.sigma
+    velocity = (1 - sigma**2) ** 0.5 * noise - sigma * clean
+    return {"flow": noise - clean, "epsilon": noise, "v_prediction": velocity}[kind]
 
 
 def _prediction_type(pipe: Any) -> str:
@@ -212,7 +237,7 @@ def _prediction_type(pipe: Any) -> str:
     return kind
 
 
-def _by_token(pipe: Any, error: Tensor, sizes: Mapping[str, int]) -> xr.DataArray:
+def _by_token(pipe: Any, error: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Means of (row, token, channel), (row, channel, y, x) or a video's latent over what is in each token."""
     frames, y, x = (sizes.get(dim, 1) for dim in PLACE)
     if error.ndim == 3:
@@ -225,8 +250,7 @@ def _by_token(pipe: Any, error: Tensor, sizes: Mapping[str, int]) -> xr.DataArra
         values = error.mean(where[0])
         values = values.reshape(len(error), frames, -1, y, values.shape[-2] // y, x, values.shape[-1] // x)
         values = values.mean((2, 4, 6))
-    dims = ("sample", *PLACE)
-    return xr.DataArray(values.cpu().numpy(), dims=dims).isel({dim: 0 for dim in PLACE[:1] if dim not in sizes})
+    return values if "frame" in sizes else values[:, 0]
 
 
 def _sizes(grid: Grid) -> dict[str, int]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from dit_probe.causal.effects import PLACE, Effect
-from dit_probe.edit import Edit, Point
-from dit_probe.edits import block
-from dit_probe.errors import EditError, MetricError
+from dit_probe.edit import Edit
+from dit_probe.edits import block, by_row
+from dit_probe.errors import MetricError
 
 Ablate = Callable[[np.ndarray], Edit]
 """Makes the edit of one sample's tokens, (token) bool."""
@@ -31,32 +28,6 @@ def cut_from_prompt(tokens: np.ndarray) -> Edit:
         'attends'
     """
     return block("image", "prompt", query_tokens=tokens, layers="all")
-
-
-def by_row(edits: Sequence[Edit]) -> Edit:
-    """Edits side by side: the first row of a batch gets the first, the second the second, and so on.
-
-    Args:
-        edits: one a row, of the same site, layers, steps and branch.
-
-    Raises:
-        EditError: they differ in where they are made; when it is made, another number of rows.
-
-    Example:
-        >>> from dit_probe.edits import zero
-        >>> by_row([zero("x", tokens=[0], layers=[1]), zero("x", tokens=[1], layers=[1])]).layers
-        [1]
-    """
-    edits = list(edits)
-    if not edits or any(replace(edit, function=edits[0].function) != edits[0] for edit in edits):
-        raise EditError("edits by row need one edit a row, and all of the same site, layers, steps and branch")
-
-    def function(a: Tensor, point: Point) -> Tensor:
-        if len(a) != len(edits):
-            raise EditError(f"{len(edits)} edits by row, but {point.site} has {len(a)} rows: give one for each sample")
-        return torch.cat([edit.function(row, point) for edit, row in zip(edits, a.split(1), strict=True)])
-
-    return replace(edits[0], function=function)
 
 
 def ablation(
