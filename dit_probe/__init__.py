@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_probe import (
         causal,
+        dataset_tracing,
         demo,
         diagnostics,
         edits,
         errors,
+        explore,
         figures,
+        interop,
         maps,
         methods,
         metrics,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
         summary,
         testing,
     )
+    from dit_probe.dataset_tracing import trace_dataset
     from dit_probe.edit import Edit
     from dit_probe.encoding import encode
     from dit_probe.evaluation import evaluate
@@ -45,13 +49,16 @@ __all__ = [
     "Observation",
     "Probe",
     "causal",
+    "dataset_tracing",
     "demo",
     "diagnostics",
     "edits",
     "encode",
     "errors",
     "evaluate",
+    "explore",
     "figures",
+    "interop",
     "maps",
     "methods",
     "metrics",
@@ -62,6 +69,7 @@ __all__ = [
     "summary",
     "testing",
     "trace",
+    "trace_dataset",
     "verify",
 ]
 
@@ -73,6 +81,7 @@ _NAMES = {
     "evaluate": "evaluation",
     "open": "store",
     "trace": "tracing",
+    "trace_dataset": "dataset_tracing",
     "verify": "verification",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from dit_probe.forward import Forward
 from dit_probe.hooks import Hooks
 from dit_probe.pipelines import Generation
 from dit_probe.probe import Combination, Probe
+from dit_probe.tabular import Table, Tabular
 from dit_probe.transfer import host
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def trace(
     return Run(model, Combination(*probes), store, mode, concepts, edits, branch, verify, progress)
 
 
-class Run:
+class Run(Tabular):
     """What `trace` returns; see there."""
 
     def __init__(
@@ -158,6 +159,9 @@ class Run:
         """Uncompressed bytes handed to the store so far."""
         return 0 if self._writer is None else self._writer.bytes_written
 
+    def _table(self) -> Table:
+        return planning.described(type(self._model), self._probes, self._target, self.bytes_written)
+
     def __enter__(self) -> Self:
         if self._model in _ACTIVE:
             raise ModelError("this model is being traced already; combine probes in one trace with |")
@@ -175,7 +179,7 @@ class Run:
         with self._undo:
             # The writer closes first, then everything is undone: an error in one does not spare the others.
             if self._writer is not None:
-                self._undo.push(_last(self._writer.close))
+                self._undo.push(contextlib.closing(self._writer))
             generation, self._generation = self._generation, None
             if kind is None:
                 if generation is not None:
@@ -392,7 +396,3 @@ class Run:
 def active(model: nn.Module) -> Run | None:
     """The run that traces a transformer now, if any."""
     return _ACTIVE.get(model)
-
-
-def _last(close: Callable[[], None]) -> Callable[..., None]:
-    return lambda *error: close()

@@ -18,6 +18,7 @@ from dit_probe.anatomy.structural import Structural
 from dit_probe.errors import ModelError
 from dit_probe.probe import Probe
 from dit_probe.rehearsal import settle
+from dit_probe.tabular import Table, Tabular
 from dit_probe.tracing import trace
 
 CHECKS = {
@@ -43,7 +44,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Tabular):
     """What `verify` found; printing it shows the table.
 
     Attributes:
@@ -86,21 +87,17 @@ class Verification:
                 found[name] = float(np.maximum(value, found.get(name, 0.0)))
         return {name: found[name] for name in CHECKS if name in found}
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [["layer", "kind", "path", *CHECKS, ""]]
         for layer in self.layers:
             cells = [f"{layer.differences[name]:.1e}" if name in layer.differences else "-" for name in CHECKS]
             good = all(value <= self.limit for value in layer.differences.values())
             rows.append([str(layer.layer), layer.kind, layer.path, *cells, "ok" if good else "WRONG"])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "every check holds" if self.ok else f"{len(self.failures)} checks fail"
-        return "\n".join(
-            [
-                f"{self.model} as {self.family}, {self.dtype}, at most {self.limit:.1e} of the largest value",
-                *lines,
-                f"output {'untouched' if self.output_equal else 'CHANGED'} by tracing; {verdict}",
-            ]
+        return Table(
+            rows,
+            above=f"{self.model} as {self.family}, {self.dtype}, at most {self.limit:.1e} of the largest value",
+            below=(f"output {'untouched' if self.output_equal else 'CHANGED'} by tracing; {verdict}",),
         )
 
 

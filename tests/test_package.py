@@ -19,7 +19,7 @@ PROBES = ROOT / "probes"
 # pipeline -> anatomy -> trace -> store -> maps -> metrics -> figures. A module imports from its own line or from those
 # above it; lines after the store are the offline half.
 FLOW = (
-    ("errors", "schema"),
+    ("errors", "schema", "tabular"),
     ("anatomy", "attention"),
     ("concepts", "stream", "probe", "planning"),
     ("pipelines", "guidance", "rehearsal", "edit", "forward", "hooks", "transfer"),
@@ -35,7 +35,7 @@ FLOW = (
     ("datasets", "demo", "loading", "explore", "interop", "testing", "verification", "causal"),
     ("picture_metrics",),
     ("protocols",),
-    ("methods",),
+    ("methods", "dataset_tracing"),
     ("evaluation", "summary"),
     ("reproduce",),
     ("cli",),

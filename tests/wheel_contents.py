@@ -15,6 +15,8 @@ LARGEST = 28e6
 EXPECTED = (
     "dit_probe/__init__.py",
     "dit_probe/cli/__init__.py",
+    "dit_probe/explore/assets/explorer.css",
+    "dit_probe/explore/assets/page.js",
     "probes/__init__.py",
     "probes/concept_attention.py",
     "probes/baselines/vit.py",

@@ -17,10 +17,11 @@ from dit_probe.evaluation.results import IMAGES_PER_CHUNK, Method
 from dit_probe.evaluation.running import check, score_image, with_words
 from dit_probe.protocols import Protocol
 from dit_probe.schema import human
+from dit_probe.tabular import Table, Tabular
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """The price of a run, before it starts; printing it shows the table.
 
     Attributes:
@@ -55,18 +56,16 @@ class Plan:
         """Seconds of the run."""
         return sum(map(self.seconds, self.first)) + self.images * self.rest
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows: list[tuple[str, ...]] = [("method", "first call", "each later", "all images")]
         for name, first in self.first.items():
             rows.append((name, *map(_duration, (first, self.later[name], self.seconds(name)))))
         rows.append(("(read, score, store)", "", _duration(self.rest), _duration(self.images * self.rest)))
         rows.append(("(the run)", "", "", _duration(self.total)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.images} images of {self.dataset}, from the first {self.measured}"]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines.append(f"store: at most {human(self.nbytes)}, before compression")
+        lines = [f"store: at most {human(self.nbytes)}, before compression"]
         lines.append(f"memory: {human(self.memory)} more than the process has needed so far, a GPU's not counted")
-        return "\n".join([*lines, *(f"failed: {name}, {reason}" for name, reason in self.failed.items())])
+        lines += [f"failed: {name}, {reason}" for name, reason in self.failed.items()]
+        return Table(rows, f"{self.images} images of {self.dataset}, from the first {self.measured}", lines)
 
 
 def plan(
