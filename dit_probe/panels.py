@@ -177,12 +177,13 @@ class Sheet:
                 "domain": [1 - (y + self.high) / self.down, 1 - y / self.down],
                 "range": [rows - 0.5, -0.5],
                 "anchor": f"x{number}",
-                # A patch is as many picture pixels high as the picture has over the grid: square where the grid is.
-                "scaleanchor": f"x{number}",
-                "scaleratio": (self.shape[0] / rows) / (self.shape[1] / columns),
             }
             first = min(self.used)
-            if panel != first:
+            if panel == first:
+                # A patch is as many picture pixels high as the picture has over the grid: square where the grid is.
+                ratio = (self.shape[0] / rows) / (self.shape[1] / columns)
+                self.layout[f"yaxis{number}"] |= {"scaleanchor": f"x{number}", "scaleratio": ratio}
+            else:  # plotly says on the console that it ignores a ratio of axes that match others
                 at = "" if first == 0 else str(first + 1)
                 self.layout[f"xaxis{number}"]["matches"] = f"x{at}"
                 self.layout[f"yaxis{number}"]["matches"] = f"y{at}"

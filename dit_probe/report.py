@@ -176,7 +176,7 @@ def maps(
     """
     if not 0 <= sample < ds.sizes["sample"]:
         raise MapError(f"no sample {sample}: the store has {ds.sizes['sample']}, counted from 0")
-    chosen = ds.isel(sample=[sample])
+    chosen = ds.isel(sample=slice(sample, sample + 1))  # of a list, dask makes a graph over every chunk
     options: dict[str, Any] = {"softmax": softmax, "layers": layers, "steps": steps}
     averaged = _one(concept_maps.saliency(chosen, space, **options))  # pyright: ignore[reportArgumentType]
     by_layer = _one(concept_maps.saliency(chosen, space, over=("step",), **options))  # pyright: ignore[reportArgumentType]
