@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 MODEL ?= flux-picturebook
-# Tiny models gain nothing from threads: one test process a core, one thread each.
-WORKERS ?= -n auto
+# Tiny models gain nothing from threads: one test process a core, one thread each; a file's tests share what it makes.
+WORKERS ?= -n auto --dist loadfile
 test test-oldest: export OMP_NUM_THREADS ?= 1
 
 export HF_HUB_OFFLINE ?= 1

@@ -14,7 +14,6 @@ from dit_probe import anatomy, stream, testing
 SIZES = {
     "one": (1, torch.float32),
     "two": (2, torch.float32),
-    "one in bfloat16": (1, torch.bfloat16),
     "two in bfloat16": (2, torch.bfloat16),
     "one in float16": (1, torch.float16),
 }

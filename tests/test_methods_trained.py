@@ -32,7 +32,7 @@ def results(model: str) -> xr.Dataset:
         "text to image": JointAttention(pipe, reading="text_to_image"),
         "random twin": concept_attention(random_twin(pipe)),
     }
-    found = evaluate(rows | TRIVIAL, PictureBook(14, seed=9), progress=False)
+    found = evaluate(rows | TRIVIAL, PictureBook(10, seed=9), progress=False)
     assert not (found.failed != "").any()
     return found
 

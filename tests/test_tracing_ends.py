@@ -67,21 +67,22 @@ KILLED = """
     pipe = testing.tiny_pipeline("flux")
     def wait(pipe, step, time, values):
         print(step, flush=True)
-        if step == 1 and sys.argv[2] == "wait":
+        if step == 1 and sys.argv[1] == "wait":
             import time
             time.sleep(60)
         return values
-    with dp.trace(pipe, ConceptAttention(["sun", "sky"]), store=sys.argv[1], progress=False):
-        for seed, prompt in enumerate(["a sun", "a boat"]):
-            pipe(prompt, height=16, width=16, num_inference_steps=3, max_sequence_length=16,
-                 generator=torch.Generator().manual_seed(seed), callback_on_step_end=wait if seed else None)
+    for store in sys.argv[2:]:
+        with dp.trace(pipe, ConceptAttention(["sun", "sky"]), store=store, progress=False):
+            for seed, prompt in enumerate(["a sun", "a boat"]):
+                pipe(prompt, height=16, width=16, num_inference_steps=3, max_sequence_length=16,
+                     generator=torch.Generator().manual_seed(seed), callback_on_step_end=wait if seed else None)
 """
 
 
 def test_a_killed_run_is_readable_and_completed_by_running_it_again(tmp_path):
     script, store = tmp_path / "run.py", tmp_path / "killed.zarr"
     script.write_text(textwrap.dedent(KILLED))
-    process = subprocess.Popen([sys.executable, script, store, "wait"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, script, "wait", store], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == "1":
@@ -92,11 +93,10 @@ def test_a_killed_run_is_readable_and_completed_by_running_it_again(tmp_path):
     with pytest.warns(IncompleteWarning, match=r"1 of 2 samples .* sample 1 lacks \d+ of \d+"):
         ds = dp.open(store)
     assert ds.done.values.tolist() == [True, False]
-    subprocess.run([sys.executable, script, store, "go"], check=True, capture_output=True)
+    fresh = tmp_path / "fresh.zarr"
+    subprocess.run([sys.executable, script, "go", store, fresh], check=True, capture_output=True)
     completed = dp.open(store).load()
     assert completed.done.all() and completed.prompt.values.tolist() == ["a sun", "a boat"]
-    fresh = tmp_path / "fresh.zarr"
-    subprocess.run([sys.executable, script, fresh, "go"], check=True, capture_output=True)
     for name, variable in dp.open(fresh).load().data_vars.items():
         assert np.array_equal(variable, completed[name]), name
 
