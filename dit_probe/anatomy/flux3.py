@@ -38,8 +38,9 @@ class SharedParallelText(TextSide):
             projected = (attention.to_q(normed), attention.to_k(normed), attention.to_v(normed))
         q, k, v = (part.unflatten(-1, (attention.heads, -1)) for part in projected)
         turned = Projection.of(attention.norm_q(q.float()), attention.norm_k(k.float()), v, context.rotary)
-        vectors = (turned.q, turned.k, v, turned.q_unrotated, turned.k_unrotated)
-        return Projection(*(vector.to(v.dtype) for vector in vectors), (gate,))
+        vectors = (turned.q, turned.k, turned.q_unrotated, turned.k_unrotated)
+        q, k, q_unrotated, k_unrotated = (vector.to(v.dtype) for vector in vectors)
+        return Projection(q, k, v, q_unrotated, k_unrotated, (gate,))
 
     def update(self, c: Tensor, o: Tensor, projection: Projection, context: TextContext) -> Tensor:
         block, to_out = context.block.module, context.block.attention.to_out
