@@ -61,7 +61,7 @@ def keep(part: str, found: dict[str, Any]) -> None:
 
 
 def serial(folder: Path) -> None:
-    found = known().get("serial", {"kills": 0, "before the store": 0, "done at the kill": [], "wrong": 0})
+    found = known().get("serial", {"kills": 0, "nothing done yet": 0, "done at the kill": [], "wrong": 0})
     if found["kills"] >= KILLS:
         return
     pipe, samples = load(), prompts(COUNT)
@@ -88,7 +88,7 @@ def serial(folder: Path) -> None:
         found["wrong"] += made != COUNT - done
         found["wrong"] += bits(path) != whole
         found["kills"] += 1
-        found["before the store"] += not done
+        found["nothing done yet"] += not done
         found["done at the kill"].append(done)
         shutil.rmtree(path)
         keep("serial", found)
@@ -103,17 +103,17 @@ def workers(folder: Path) -> None:
     samples = prompts(WORKER_COUNT)
     traced(load(), samples, folder / "whole.zarr")
     whole = bits(folder / "whole.zarr")
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
-        for turn in range(found["kills"], WORKER_KILLS):
-            client.wait_for_workers(2)
+    for turn in range(found["kills"], WORKER_KILLS):
+        options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+        with LocalCluster(**options) as cluster, Client(cluster) as client:
             path, pids = folder / f"w{turn}.zarr", list(client.run(os.getpid).values())
             thread = threading.Thread(target=_kill_later, args=(path, pids[turn % 2]))
             thread.start()
             account = dp.trace_dataset(load, samples, PROBE, path, client=client, progress=False, **CALL)
             thread.join()
-            found["kills"] += 1
-            found["wrong"] += account.done != WORKER_COUNT or bits(path) != whole
-            keep("workers", found)
+        found["kills"] += 1
+        found["wrong"] += account.done != WORKER_COUNT or bits(path) != whole
+        keep("workers", found)
 
 
 def _kill_later(path: Path, pid: int) -> None:

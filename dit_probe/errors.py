@@ -37,6 +37,10 @@ class StoreError(DitProbeError):
     """A store cannot be created, continued or read."""
 
 
+class StoreFault(StoreError):
+    """A store cannot be written, whatever sample comes next: no space, no connection, another run's, another writer."""
+
+
 class MapError(DitProbeError):
     """A score or saliency map cannot be computed from the dataset, or would say nothing."""
 

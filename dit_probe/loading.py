@@ -36,7 +36,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         with warnings.catch_warnings():
             # diffusers 0.39 knows `torch_dtype` only, later versions say that it will go.
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=precision)
+            # A pickle, which other weight files are, runs what is in it.
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=precision, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(

@@ -1,6 +1,7 @@
 """``dit-probe …``: the main jobs from a shell. Heavy libraries are imported by the command that needs them."""
 
 from dit_probe.cli import dataset_tracing as dataset_tracing
+from dit_probe.cli import encoding as encoding
 from dit_probe.cli import evaluation as evaluation
 from dit_probe.cli import exploring as exploring
 from dit_probe.cli import tracing as tracing

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,9 +17,40 @@ from dit_probe.errors import ConceptError, DitProbeError
 
 DEMO_MODEL = "flux-picturebook"
 
+EXAMPLES = {
+    "demo": "dit-probe demo --model sd35-picturebook --out demo.html",
+    "trace": 'dit-probe trace MODEL --prompt "a fox in the snow" --concepts fox,snow,sky --store run.zarr',
+    "encode": 'dit-probe encode MODEL photo.jpg --prompt "a fox in the snow" --concepts fox,snow,sky --store run.zarr',
+    "trace-dataset": "dit-probe trace-dataset MODEL --prompts prompts.txt --concepts fox,snow,sky --store run.zarr",
+    "maps": "dit-probe maps run.zarr --space cross --layers 10-18 --out maps.html",
+    "info": "dit-probe info run.zarr --check",
+    "plan": "dit-probe plan MODEL --concepts fox,snow,sky --height 1024 --width 1024 --steps 28",
+    "verify": "dit-probe verify MODEL --height 256 --width 256",
+    "models": "dit-probe models --json",
+    "probes": "dit-probe probes",
+    "evaluate": "dit-probe evaluate numbers.zarr --model MODEL --data VOCdevkit --subset single_class --plan",
+    "reproduce": "dit-probe reproduce table1 --model MODEL --data VOCdevkit --out reproduction",
+    "explore": "dit-probe explore run.zarr other.zarr --mask fox=fox.png",
+    "report": "dit-probe report run.zarr --out report.html",
+}
+"""One call of every command, shown below its help."""
+
+STATUS = (
+    "Ends with 0 when all is well, 1 when a check fails or samples failed, 2 when a call or its surroundings are wrong "
+    "(one message on stderr says what), and 130 when it was interrupted. Results are on stdout; progress, on stderr, "
+    "only on a terminal."
+)
+
 
 class Commands(TyperGroup):
     """Prints a warning in a line and an error of ours as one message, ending with 2; a bug keeps its traceback."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command, with its example."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and cmd_name in EXAMPLES:
+            command.epilog = f"Example: {EXAMPLES[cmd_name]}"
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -34,15 +68,44 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="A microscope for multi-modal diffusion transformers.",
+    epilog=STATUS,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A saved pipeline directory, a hub id or a demo model.")]
+
+def complete_model(incomplete: str) -> list[str]:
+    """Demo models and saved pipelines that begin like this, for the shell's completion."""
+    from dit_probe import demo
+
+    saved = [str(path.parent) for path in Path().glob(f"{incomplete}*/model_index.json")] if incomplete else []
+    return [name for name in demo.names() if name.startswith(incomplete)] + saved
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A saved pipeline directory, a hub id or a demo model.", autocompletion=complete_model
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="Torch dtype; bfloat16 on an accelerator, else float32.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Move submodels to the device one at a time.")]
+
+
+def print_json(found: Any) -> None:
+    """Facts for a script; numbers of numpy's become Python's, and undefined ones null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        value = value.item() if hasattr(value, "item") else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    typer.echo(json.dumps(plain(found), indent=2, allow_nan=False))
 
 
 def console() -> Console:

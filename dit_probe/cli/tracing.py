@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from dit_probe import schema
@@ -15,16 +17,20 @@ from dit_probe.cli.shared import (
     DEMO_MODEL,
     Device,
     Dtype,
+    Json,
     Model,
     Offload,
     app,
     console,
+    print_json,
     split_numbers,
     split_words,
 )
 from dit_probe.errors import ConceptError, ProbeError
 
 DEMO_STEPS = 12
+SHOWN = 5
+"""Failed samples that `info` gives the reasons of."""
 
 Keep = Literal["vectors", "scores"]
 Space = Literal["output", "value", "cross"]
@@ -75,8 +81,8 @@ def demo(
     # The store that the demo names itself is its own to replace.
     path, mode = (store, "w" if overwrite else None) if store else (str(page.with_suffix(".zarr")), "w")
     pipe = load_pipeline(model, device, dtype, offload)
-    probe = _probe(words, keep or ("vectors" if small else "scores"))
-    arguments = _arguments(steps or (DEMO_STEPS if small else None), height, width, frames)
+    probe = concept_probe(words, keep or ("vectors" if small else "scores"))
+    arguments = arguments_of(steps or (DEMO_STEPS if small else None), height, width, frames)
     picture = _run(pipe, probe, prompt, seed, arguments, path, mode)
 
     ds = dp.open(path)
@@ -106,9 +112,9 @@ def trace(
     """Run a pipeline once and record its concepts into a store; what an interrupted run lacks is completed."""
     from dit_probe.loading import load_pipeline
 
-    probe = _probe(split_words(concepts), keep)
+    probe = concept_probe(split_words(concepts), keep)
     pipe = load_pipeline(model, device, dtype, offload)
-    arguments = _arguments(steps, height, width, frames)
+    arguments = arguments_of(steps, height, width, frames)
     picture = _run(pipe, probe, prompt, seed, arguments, store, "w" if overwrite else "a" if append else None)
     if image is not None:
         _first_frame(picture).save(image)
@@ -143,11 +149,26 @@ def maps(
 
 
 @app.command()
-def info(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
-    """Say what a store holds and what is missing from it."""
+def info(
+    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    check: Annotated[bool, typer.Option("--check", help="Read every record; ends with 1 if one is damaged.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a store holds, what is missing from it, and whether the run can go on."""
     import dit_probe as dp
 
-    _print_info(dp.store.info(store))
+    facts = dp.store.info(store)
+    found = dp.store.damaged(store) if check else []
+    if as_json:
+        print_json(facts | ({"damaged": found} if check else {}))
+    else:
+        _print_info(facts)
+    for line in found:
+        typer.echo(line, err=True)
+    if check and not as_json:
+        typer.echo(f"{len(found)} damaged records")
+    if found:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -159,13 +180,39 @@ def plan(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")],
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 1,
     keep: KeepWhat = "vectors",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Also time a data set of so many, on three that are run here.")
+    ] = None,
+    shard: Annotated[int, typer.Option(min=0, help="Samples a file, as for trace-dataset.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
+    as_json: Json = False,
 ) -> None:
-    """Price a trace before it runs: variables, dims and bytes."""
+    """Price a trace before it runs: variables, dims and bytes; of a data set, files and hours from a measured run."""
     from dit_probe.loading import load_pipeline
 
-    probe = _probe(split_words(concepts), keep)
-    pipe = load_pipeline(model, device="cpu")
-    typer.echo(str(probe.plan(pipe, height=height, width=width, steps=steps, frames=frames)))
+    probe = concept_probe(split_words(concepts), keep)
+    pipe = load_pipeline(model, device if samples else "cpu", dtype, offload)
+    priced = probe.plan(pipe, height=height, width=width, steps=steps, frames=frames)
+    facts: dict[str, Any] = {"bytes": priced.nbytes, "sizes": priced.layout.sizes}
+    facts["variables"] = {
+        variable.name: dataclasses.asdict(variable) | {"bytes": priced.bytes_of(variable)}
+        for variable in priced.layout.variables
+    }
+    if not as_json:
+        typer.echo(str(priced))
+    if samples:
+        from dit_probe.dataset_tracing import plan_dataset
+
+        call = arguments_of(steps, height, width, frames if hasattr(pipe, "video_processor") else None)
+        measured = [{"prompt": concepts, "seed": seed} for seed in range(3)]
+        whole = plan_dataset(lambda: pipe, measured, probe, samples=samples, shard=shard, **call)
+        facts["dataset"] = dataclasses.asdict(whole) | {"files": whole.files, "device_hours": whole.device_hours}
+        if not as_json:
+            typer.echo(str(whole))
+    if as_json:
+        print_json(facts)
 
 
 @app.command()
@@ -180,6 +227,7 @@ def verify(
     device: Device = None,
     dtype: Dtype = None,
     offload: Offload = False,
+    as_json: Json = False,
 ) -> None:
     """Check, on a model's own weights, that what is traced is what it computes; ends with 1 if it is not."""
     import dit_probe as dp
@@ -187,8 +235,11 @@ def verify(
 
     pipe = load_pipeline(model, device, dtype, offload)
     pipe.set_progress_bar_config(disable=True)
-    found = dp.verify(pipe, tolerance=tolerance, **_arguments(None, height, width, frames))
-    typer.echo(str(found))
+    found = dp.verify(pipe, tolerance=tolerance, **arguments_of(None, height, width, frames))
+    if as_json:
+        print_json({"ok": found.ok, "failures": found.failures, **dataclasses.asdict(found)})
+    else:
+        typer.echo(str(found))
     if not found.ok:
         for failure in found.failures:
             typer.echo(failure, err=True)
@@ -196,12 +247,19 @@ def verify(
 
 
 @app.command()
-def models() -> None:
+def models(as_json: Json = False) -> None:
     """List the model families that can be traced, what is recorded of them, how each is checked; and who is refused."""
     from dit_probe.anatomy import coverage, families
     from dit_probe.anatomy.refused import GROUPS
     from dit_probe.verification import CHECKS
 
+    if as_json:
+        known = {
+            name: {"models": found.classes, "concepts": not found.no_concepts} | dataclasses.asdict(coverage.of(name))
+            for name, found in sorted(families().items())
+        }
+        print_json({"families": known, "refused": {one: group.short for group in GROUPS for one in group.classes}})
+        return
     table = Table("family", "models", "blocks", "recorded", *CHECKS, "output", "diffusers")
     for name, anatomy in sorted(families().items()):
         checked = coverage.of(name)
@@ -220,19 +278,26 @@ def models() -> None:
 
 
 @app.command()
-def probes() -> None:
+def probes(as_json: Json = False) -> None:
     """List the probes that are installed, other packages' included."""
-    table = Table("probe", "what it does", "from")
+    rows = []
     for point in sorted(entry_points(group="dit_probe.probes"), key=lambda point: point.name):
         try:
             summary = (point.load().__doc__ or "").strip().split("\n")[0]
         except Exception as error:  # another package's probe must not hide the others
-            summary = f"[red]does not load:[/red] {error}"
-        table.add_row(point.name, summary, point.value)
+            summary = f"does not load: {error}"
+        rows.append({"probe": point.name, "what it does": summary, "from": point.value})
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("probe", "what it does", "from")
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
     console().print(table)
 
 
-def _probe(words: list[str], keep: Keep) -> Any:
+def concept_probe(words: list[str], keep: Keep) -> Any:
+    """ConceptAttention of these words."""
     found = {point.name: point for point in entry_points(group="dit_probe.probes")}
     if "ConceptAttention" not in found:
         raise ProbeError(
@@ -244,7 +309,8 @@ def _probe(words: list[str], keep: Keep) -> Any:
     return concept_attention(words)
 
 
-def _arguments(steps: int | None, height: int | None, width: int | None, frames: int | None) -> dict[str, Any]:
+def arguments_of(steps: int | None, height: int | None, width: int | None, frames: int | None) -> dict[str, Any]:
+    """Arguments of a pipeline's call, those that are given."""
     given = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -266,6 +332,12 @@ def _first_frame(picture: Any) -> Any:
     return picture[0] if isinstance(picture, list) else picture
 
 
+def _some(slots: list[int]) -> str:
+    """Slots as ranges, if they are few."""
+    text = schema.ranges(slots)
+    return text if len(text) <= 60 else f"{len(slots)} samples, {text[:40]} …"
+
+
 def _print_info(facts: dict[str, Any]) -> None:
     """Two tables: the run, and its variables."""
     identity, attrs, sizes = facts["identity"], facts["attrs"], facts["sizes"]
@@ -273,11 +345,16 @@ def _print_info(facts: dict[str, Any]) -> None:
     for name in ("model", "class", "family", "dtype", "branch"):
         run.add_row(name, str(identity.get(name, "")))
     run.add_row("probes", ", ".join(str(probe.get("probe")) for probe in identity.get("probes", ())))
-    incomplete = f", incomplete: {schema.ranges(facts['incomplete'])}" if facts["incomplete"] else ""
-    run.add_row("samples", f"{len(facts['done'])} complete{incomplete}")
+    failed = facts["failed"]
+    pending = [slot for slot in facts["incomplete"] if slot not in failed]
+    incomplete = f", incomplete: {_some(pending)}" if pending else ""
+    run.add_row("samples", f"{len(facts['done'])} complete{incomplete}{f', {len(failed)} failed' if failed else ''}")
+    for slot, reason in list(failed.items())[:SHOWN]:
+        run.add_row("", f"sample {slot}: {escape(reason)}")
+    run.add_row("continue", facts["resume"])
     run.add_row("sizes", ", ".join(f"{dim} {size}" for dim, size in sizes.items() if dim != "sample"))
     run.add_row("versions", ", ".join(f"{name} {version}" for name, version in attrs.get("versions", {}).items()))
-    run.add_row("on disk", schema.human(facts["bytes"]))
+    run.add_row("on disk", f"{schema.human(facts['bytes'])} in {facts['files']} files")
     variables = Table("variable", "dims", "dtype", "layers", "steps", "on disk")
     for name, variable in facts["variables"].items():
         labels = [schema.ranges(variable.get(key) or ()) for key in ("layers", "steps")]

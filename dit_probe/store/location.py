@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Sequence
@@ -12,16 +13,18 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import Store
-from zarr.core.sync import collect_aiterator, sync
+from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, StorePath
 
 from dit_probe.errors import StoreError
 from dit_probe.schema import FORMAT, FORMAT_VERSION
+from dit_probe.store import limits
+from dit_probe.store.limits import listed
 
 
 def locate(store: Any) -> StorePath:
-    """A path, fsspec URL, Zarr store, dict or None (memory) as a place in a Zarr store; touches nothing.
+    """A path, fsspec URL, store of Zarr or obstore, dict or None (memory) as a place in a Zarr store; touches nothing.
 
     Raises:
         StoreError: it is none of these.
@@ -33,16 +36,18 @@ def locate(store: Any) -> StorePath:
     if isinstance(store, Store):
         return StorePath(store)
     try:
+        if type(store).__module__.startswith("obstore"):
+            return StorePath(ObjectStore(store))
         if not isinstance(store, str | os.PathLike):
             return StorePath(FsspecStore.from_mapper(store))
-        path = os.fspath(store)
+        path = os.fspath(store).removeprefix("file://")
         if "://" in path or "::" in path:
             return StorePath(FsspecStore.from_url(path))
         return StorePath(LocalStore(Path(path).expanduser()))
     except Exception as error:
         raise StoreError(
-            f"{store!r} is no place for a store ({type(error).__name__}: {error}); give a path, an fsspec URL, a Zarr "
-            f"store, or None for memory"
+            f"{store!r} is no place for a store ({type(error).__name__}: {error}); give a path, an fsspec URL, a store "
+            f"of Zarr or obstore, or None for memory"
         ) from error
 
 
@@ -65,13 +70,14 @@ def find(location: StorePath) -> zarr.Group | str | None:
         if not root.is_dir():
             return "a file"
     try:
-        return zarr.open_group(location, mode="r")
+        limits.check_metadata(location)
+        return zarr.open_group(location, mode="r", zarr_format=3)
     except ContainsArrayError:
         return "a Zarr array"
     except FileNotFoundError:
-        names = sorted(collect_aiterator(location.store.list_dir(location.path)))
+        names = sorted(listed(lambda: location.store.list_dir(location.path)))
         return f"a directory that holds {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"a Zarr node whose metadata cannot be read ({error})"
 
 
@@ -105,18 +111,49 @@ def check_format(group: zarr.Group, location: StorePath) -> None:
             f"{text(location)} has format version {version}, this dit-probe reads up to {FORMAT_VERSION}: "
             f"pip install --upgrade dit-probe"
         )
+    limits.check(text(location), group)
+
+
+def writable(location: StorePath) -> zarr.Group:
+    """The group, with the lengths that its arrays have now."""
+    return zarr.open_group(location, mode="r+", use_consolidated=False)
+
+
+def clear(location: StorePath) -> None:
+    """Delete what is there; a directory itself stays, for a lock is held on it.
+
+    What says that samples are complete goes first, and what says that this is a store goes last: whenever it is cut
+    short, the rest is no complete sample, and may be overwritten.
+    """
+    sync(location.store.delete_dir(_below(location, "done")))
+    if not isinstance(location.store, LocalStore):
+        sync(location.store.delete_dir(location.path))
+        return
+    root = location.store.root / location.path
+    for path in sorted(root.iterdir(), key=lambda path: path.name == "zarr.json") if root.exists() else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 _FILTERS = threading.Lock()
 
 
 def commit(location: StorePath) -> None:
-    """Make the present lengths of all arrays what readers see, in one atomic write."""
+    """Make the present lengths of all arrays what readers see, in one atomic write.
+
+    Icechunk has commits of its own.
+    """
+    if not location.store.supports_consolidated_metadata:
+        return
     # The filters are the process's: of two runs in two threads, one would undo the other's.
     with _FILTERS, warnings.catch_warnings():
         # Consolidated metadata is not in the Zarr v3 specification yet; a reader that ignores it finds the same arrays.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(location)
+
+
+def committed(group: zarr.Group) -> bool:
+    """Whether a group was made to its end."""
+    return group.metadata.consolidated_metadata is not None or not group.store.supports_consolidated_metadata
 
 
 def done(group: zarr.Group) -> list[bool]:
@@ -128,7 +165,7 @@ def done(group: zarr.Group) -> list[bool]:
 def keys(location: StorePath, name: str) -> Sequence[str]:
     """Every key below a name, relative to it."""
     start = _below(location, name)
-    return [key.rsplit(start, 1)[-1] for key in collect_aiterator(location.store.list_prefix(start))]
+    return [key.rsplit(start, 1)[-1] if start else key for key in listed(lambda: location.store.list_prefix(start))]
 
 
 def nbytes(location: StorePath, name: str = "") -> int:

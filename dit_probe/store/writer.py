@@ -10,6 +10,8 @@ Every write is one whole chunk of its own, so threads need no locks between them
 from __future__ import annotations
 
 import dataclasses
+import errno
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,14 +20,14 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from dit_probe.errors import StoreError, TraceError
+from dit_probe.errors import StoreError, StoreFault, TraceError
 from dit_probe.schema import Layout, Sample, Variable
 from dit_probe.store import identity
 from dit_probe.store.byte_queue import ByteQueue
 from dit_probe.store.encoding import CONFIG, finite
 from dit_probe.store.records import QUEUED, WRITTEN, Account, positions, where
 
-LABELS = ("prompt", "seed", "done", "token", "concept_name")
+LABELS = ("prompt", "seed", "done", "token", "concept_name", "failed", "content")
 IMAGE_DIMS = ("pixel_frame", "pixel_y", "pixel_x", "channel")
 
 
@@ -41,6 +43,11 @@ class Writer:
         queue: where writes wait.
         count: slots that the store already has.
         start: slot that the first `claim` gets.
+        arrays: those of the group by name, if they are known.
+        labels: slots that are reserved for this writer, which `claim` gives in this order, to what their labels are
+            beside those of a `Sample`; what they hold is written anew.
+        complete: what `finish` does with a slot when all of its records are written; None: it marks it done.
+        release: called by `close`, at last.
 
     Attributes:
         layout: as given, and as it has grown since.
@@ -58,15 +65,19 @@ class Writer:
         queue: ByteQueue,
         count: int = 0,
         start: int = 0,
+        arrays: dict[str, Any] | None = None,
+        labels: Mapping[int, Mapping[str, Any]] | None = None,
+        complete: Callable[[int], None] | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
         self.bytes_written = 0
         self._group = group
         self._add, self._commit, self._reader, self._queue = add, commit, reader, queue
-        self._count, self._next = count, start
-        self._arrays: dict[str, Any] = {
-            name: array.with_config(CONFIG) for name, array in group.arrays() if name not in layout.coords
-        }
+        self._count, self._reserved, self._release = count, labels, release
+        self._slots, self._next = range(start, sys.maxsize) if labels is None else tuple(labels), 0
+        self._complete = complete or (lambda slot: self._label(slot, done=True))
+        self._arrays: dict[str, Any] = arrays if arrays is not None else arrays_of(group, layout)
         self._labels = {name: self._arrays[name] for name in LABELS if name in self._arrays}
         self._accounts: dict[int, Account] = {}
         self._skipped: set[int] = set()
@@ -88,18 +99,21 @@ class Writer:
             StoreError: a slot holds another sample, or a sample has more tokens or other concepts than the layout.
         """
         self._check()
-        slots = tuple(range(self._next, self._next + len(samples)))
         rows = [self._row(sample) for sample in samples]
+        slots = tuple(self._slots[self._next : self._next + len(samples)])
+        if len(slots) < len(samples):
+            raise StoreError(
+                f"{len(samples)} samples came and {len(slots)} slots are left for them. Make one picture of a prompt"
+            )
         old = {slot: row for slot, row in zip(slots, rows, strict=True) if slot < self._count}
-        skipped = {slot for slot, row in old.items() if self._matches(slot, row)}
-        end = max(self._count, self._next + len(samples))
+        skipped = set() if self._reserved else {slot for slot, row in old.items() if self._matches(slot, row)}
+        end = max(self._count, *(slot + 1 for slot in slots))
         if end > self._count:
             for array in self._arrays.values():
                 array.resize((end, *array.shape[1:]))
         for slot, row in zip(slots, rows, strict=True):
             if slot not in skipped:
-                for name, values in row.items():
-                    self._labels[name][slot] = values
+                self._label(slot, **row, **(self._reserved or {}).get(slot, {}))
                 self._accounts[slot] = Account(slot, self.layout)
         if end > self._count:
             # Readers see the new slots from here on, labels included: a kill before this line leaves no trace of them.
@@ -246,7 +260,7 @@ class Writer:
         for slot in slots:
             missing = list(self._account(slot).missing())
             if not missing:
-                self._labels["done"][slot] = True
+                self._complete(slot)
                 del self._accounts[slot]
             lost += missing
         if lost:
@@ -266,6 +280,7 @@ class Writer:
         self._queue.close()
         if not self._closed:
             self._closed = True
+            self._release()
             if self._queue.failure is not None and not self._told:
                 self._fail(self._queue.failure)
 
@@ -274,6 +289,15 @@ class Writer:
         return self._reader()
 
     # ----------------------------------------------------------------- checks
+
+    def _label(self, slot: int, **values: Any) -> None:
+        """Write labels of a slot."""
+        for name, value in values.items():
+            if name in self._labels:
+                try:
+                    self._labels[name][slot] = value
+                except Exception as error:
+                    raise unwritten(f"label {name!r} of sample {slot}", error) from error
 
     def _row(self, sample: Sample) -> dict[str, Any]:
         """The labels of a sample as the store keeps them."""
@@ -326,7 +350,7 @@ class Writer:
 
     def _fail(self, failure: BaseException) -> None:
         self._told = True
-        raise StoreError(str(failure)) from failure.__cause__
+        raise (type(failure) if isinstance(failure, StoreError) else StoreError)(str(failure)) from failure.__cause__
 
 
 class _Record:
@@ -361,5 +385,16 @@ class _Record:
         except StoreError:
             raise
         except Exception as error:
-            raise StoreError(f"{self._name} was not written: {type(error).__name__}: {error}") from error
+            raise unwritten(self._name, error) from error
         return data.nbytes
+
+
+def arrays_of(group: zarr.Group, layout: Layout) -> dict[str, Any]:
+    """The arrays over ``sample`` of a store, by name."""
+    return {name: array.with_config(CONFIG) for name, array in group.arrays() if name not in layout.coords}
+
+
+def unwritten(what: str, error: Exception) -> StoreFault:
+    """What to raise where the store, and nobody else, is at fault; its cause is the store's own error."""
+    full = " Make space and run it again: it continues." if getattr(error, "errno", None) == errno.ENOSPC else ""
+    return StoreFault(f"{what} was not written: {type(error).__name__}: {error}.{full}")
