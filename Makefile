@@ -57,7 +57,7 @@ lint: $(VENV)/.env  ## ruff: rules and formatting
 types: $(VENV)/.env  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.env  ## the site, strictly: a broken link or reference is an error
+docs: $(VENV)/.env  ## the site, strictly, with the tutorials executed: a broken link or a finding that fails is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.env  ## the wheel, with a look inside
@@ -72,5 +72,5 @@ format: $(VENV)/.env  ## let ruff fix what it can
 	$(BIN)/ruff format .
 
 clean:  ## forget everything that was made
-	rm -rf $(VENV) $(VENV)-oldest dist site demo.html demo.zarr .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest dist site .tutorials demo.html demo.zarr .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,8 +56,8 @@ TAIL = """
 * *Weights* are those of the transformer and, in brackets, with the text encoders. On top come activations of the pass,
   the autoencoder and the libraries: leave a few GB, and more for video.
 * *Fits*: everything on the card at once; or, with `--offload`, one part at a time, of which T5-XXL has {t5:.1f} GB.
-  Where the largest part alone fills the card, weights have to be quantised or offloaded block by block; both are traced
-  ([limits](limits.md)).
+  Where the largest part alone fills the card, weights have to be quantised or offloaded block by block; traces of both
+  are tested, on CPUs ([limits](limits.md)).
 * *A step takes at least* its operations over the peak of an A100 ({peak:.0f}e12 a second). No run is that fast; another
   card scales with its own peak. What tracing adds was measured on small models: [benchmarks](benchmarks.md).
 * Of a trace, `vectors` are everything that `ConceptAttention` records, and `scores` what

@@ -8,12 +8,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dit_probe.cli.shared import DEMO_MODEL, Device, Dtype, Offload, app, split_numbers
+from dit_probe.cli.shared import DEMO_MODEL, Device, Dtype, Offload, app, complete_model, split_numbers
 
 DEMO_LENGTH = 32
 """T5 tokens of a prompt for the demo models; other pipelines take their own number."""
 
-Chosen = Annotated[str, typer.Option("--model", help="A saved pipeline directory, a hub id or a demo model.")]
+Chosen = Annotated[
+    str,
+    typer.Option(
+        "--model", help="A saved pipeline directory, a hub id or a demo model.", autocompletion=complete_model
+    ),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
