@@ -28,7 +28,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 $(VENV)/.env: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing dit-probe with its test, lint and docs tools into $(VENV) (once)"
-	$(PIP) install --quiet -c constraints.txt -e ".[test,dev,docs,eval]"
+	$(PIP) install --quiet -c constraints.txt -e ".[test-all,dev,docs]"
 	@# It names torchvision, which breaks transformers beside a CPU build of torch, and does without.
 	$(PIP) install --quiet --no-deps -c constraints.txt attention-map-diffusers
 	touch $(VENV)/.core $@

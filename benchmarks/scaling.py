@@ -93,11 +93,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"settings": {**BASE, **vars(options)}}
-    sections = []
+    sections, found["exponents"] = [], {}
     for name, sizes in SIZES.items():
         rows = [measured({**BASE, name: size}, options.rounds) for size in sizes]
         slopes = exponents(sizes, rows)
-        found[name] = {"sizes": sizes, "rows": rows, "exponents": slopes}
+        found[name], found["exponents"][name] = {"sizes": sizes, "rows": rows}, slopes
         text = ", ".join(f"{column} {slope:.2f}" for column, slope in slopes.items())
         print(f"{name:13} {text}")
         sections.append(Section(name, f"Exponents: {text}.", [curve(name, rows)]))
