@@ -46,7 +46,7 @@ from store_machine import StoreMachine  # noqa: E402
 import dit_probe as dp  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-KILLS, WORKER_KILLS, SEQUENCES, SOAK = 50, 10, 500, 2000
+KILLS, SEQUENCES, SOAK = 50, 500, 2000
 EVERY, AT_ONCE = 50, 25
 COUNT, WORKER_COUNT = 6, 12
 
@@ -98,12 +98,12 @@ def workers(folder: Path) -> None:
     from distributed import Client, LocalCluster
 
     found = known().get("workers", {"kills": 0, "wrong": 0})
-    if found["kills"] >= WORKER_KILLS:
+    if found["kills"] >= KILLS:
         return
     samples = prompts(WORKER_COUNT)
     traced(load(), samples, folder / "whole.zarr")
     whole = bits(folder / "whole.zarr")
-    for turn in range(found["kills"], WORKER_KILLS):
+    for turn in range(found["kills"], KILLS):
         options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
         with LocalCluster(**options) as cluster, Client(cluster) as client:
             path, pids = folder / f"w{turn}.zarr", list(client.run(os.getpid).values())
