@@ -6,7 +6,7 @@ How the oracles fare under guidance is in `test_conformance_guided`, what they n
 import numpy as np
 import pytest
 import torch
-from conformance_cases import CASES, IN_FLOAT16, SIZES, VECTORS, WITH_CONCEPTS, close, numpy, subject_of
+from conformance_cases import CASES, IN_FLOAT16, SIZES, VECTORS, WITH_CONCEPTS, close, limit, numpy, subject_of
 
 import dit_probe as dp
 from dit_probe import anatomy, testing
@@ -32,6 +32,7 @@ def test_replaying_the_prompt_gives_the_prompt(subject):
     assert sorted(differences) == [block.layer for block in subject.blocks]
     for block in subject.blocks:
         assert differences[block.layer].keys() == ({"o_p", "p"} if block.text_output else {"o_p"})
+        assert max(differences[block.layer].values()) <= limit(subject.dtype)
 
 
 @on(WITH_CONCEPTS)

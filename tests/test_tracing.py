@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from diffusers import attention_backend
 from tracing_cases import SIZES, WORDS, generate, sites, traced
 
 import dit_probe as dp
@@ -270,12 +271,15 @@ def test_fused_projections(pipelines):
         np.testing.assert_allclose(fused.o_c, apart.o_c, atol=1e-4)
 
 
-def test_other_attention_backends(pipelines):
-    pipe = testing.tiny_pipeline("flux")
+@pytest.mark.parametrize("family", ["flux", "flux-picturebook"])
+def test_other_attention_backends(family):
+    """Weights that were trained have larger logits, and kernels differ more on them."""
+    pipe = dp.demo.load(family) if family in dp.demo.names() else testing.tiny_pipeline(family)
     _, usual = traced(pipe, ConceptAttention(WORDS))
-    pipe.transformer.set_attention_backend("_native_math")
-    _, other = traced(pipe, ConceptAttention(WORDS))
-    np.testing.assert_allclose(other.o_c, usual.o_c, atol=1e-4)
+    with attention_backend("native"):  # setting a model's sets that of the process, too
+        pipe.transformer.set_attention_backend("_native_math")
+        _, other = traced(pipe, ConceptAttention(WORDS))
+    np.testing.assert_allclose(other.o_c, usual.o_c, atol=1e-4 * float(abs(usual.o_c).max()))
 
 
 def test_bfloat16_is_kept_bit_for_bit(tmp_path):
