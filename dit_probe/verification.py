@@ -186,7 +186,10 @@ class _Caught(Exception):
 def _first_forward(pipe: Any, prompt: str, call: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the first transformer call that a pipeline makes."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    sizes = {"height": _SIDE, "width": _SIDE, "num_frames": _FRAMES, "num_inference_steps": 2}
+    own = getattr(pipe, "default_sample_size", None)
+    # Positions of a table, as SD3's, end where the model's own pictures do.
+    side = min(_SIDE, own * pipe.vae_scale_factor) if isinstance(own, int) else _SIDE
+    sizes = {"height": side, "width": side, "num_frames": _FRAMES, "num_inference_steps": 2}
     arguments = {name: value for name, value in sizes.items() if name in takes} | {"prompt": prompt} | dict(call)
     found: dict[str, Any] = {}
 

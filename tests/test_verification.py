@@ -95,6 +95,14 @@ def test_verify_from_a_shell():
     assert "differs by" in result.output
 
 
+def test_a_saved_pipeline_is_verified_at_a_size_that_it_has(tmp_path):
+    """The table of positions ends at the model's own 64 pixels."""
+    dp.demo.load("sd35-picturebook").save_pretrained(tmp_path)
+    result = CliRunner().invoke(cli.app, ["verify", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "every check holds" in result.output
+
+
 def test_models_from_a_shell():
     result = CliRunner().invoke(cli.app, ["models"])
     assert result.exit_code == 0
