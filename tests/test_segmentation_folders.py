@@ -149,3 +149,14 @@ def test_cut_and_damaged_pictures_are_refused_or_whole(tmp_path: Path, suffix: s
             assert trial % 2 == 0 or np.array_equal(found, expected)
     assert len(refusals) >= 30
     assert all(str(path) in message for message in refusals)
+
+
+def test_a_picture_that_viewers_turn_is_turned_when_no_mask_goes_with_it(tmp_path):
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(samples.read_image(tmp_path / "phone.png", turned="upright"), np.rot90(pixels, -1))
+    assert np.array_equal(samples.read_image(tmp_path / "phone.png"), pixels)
+    with pytest.raises(DatasetError, match="EXIF orientation"):
+        samples.read_image(tmp_path / "phone.png", turned="refused")

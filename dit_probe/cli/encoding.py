@@ -42,7 +42,7 @@ def encode(
     if missing := [str(path) for path in pictures if not path.is_file()]:
         raise TraceError(f"no picture at {', '.join(missing)}")
     probe = concept_probe(split_words(concepts), keep)
-    read = [read_image(path, upright=True) for path in pictures]
+    read = [read_image(path, turned="upright") for path in pictures]
     read = read if size is None else [resize_image(image, size) for image in read]
     pipe = load_pipeline(model, device, dtype, offload)
     text = {"max_sequence_length": DEMO_LENGTH} if model in dp.demo.names() else {}

@@ -250,7 +250,7 @@ class ImageMaskFolder(Reader):
 
     def _read(self, position: int) -> Sample:
         picture, path = self._files[name := self._names[position]]
-        image, (numbers, _) = samples.read_image(picture, upright=True), samples.read_labels(path)
+        image, (numbers, _) = samples.read_image(picture, turned="refused"), samples.read_labels(path)
         same_size(image, numbers, picture, path)
         labels = self._labels or {str(self._words[name]): 1}
         if not self._labels and 1 not in numbers:  # with 1 beside it, 255 is void or a mistake, and refused

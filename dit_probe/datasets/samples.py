@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -299,18 +299,19 @@ def present(mask: np.ndarray, labels: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(word for word, label in labels.items() if label in found)
 
 
-def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
-    """Decode a picture to (y, x, 3) uint8; `upright` refuses what viewers turn.
+def read_image(path: Path, *, turned: Literal["as stored", "refused", "upright"] = "as stored") -> np.ndarray:
+    """Decode a picture to (y, x, 3) uint8; `turned` says what becomes of one that viewers turn (EXIF orientation).
 
     Raises:
-        DatasetError: missing, broken, see-through or of more than 8 bits.
+        DatasetError: missing, broken, see-through, of more than 8 bits, or refused.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             image.load()
-            deep, turned = image.mode.startswith(("I", "F")), image.getexif().get(_ORIENTATION, 1) != 1
+            deep, marked = image.mode.startswith(("I", "F")), image.getexif().get(_ORIENTATION, 1) != 1
+            image: Image.Image = ImageOps.exif_transpose(image) if turned == "upright" else image
             if image.has_transparency_data:
                 image = image.convert("RGBA")
             opaque = image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255
@@ -319,7 +320,7 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
         raise DatasetError(_unreadable(path, error)) from None
     if pixels is None:
         raise DatasetError(f"{path}: found more than 8 bits a channel, expected 8: save it as 8-bit RGB")
-    if turned and upright:
+    if marked and turned == "refused":
         raise DatasetError(
             f"{path}: found an EXIF orientation, expected none, as it may or may not turn the mask too: save the "
             "picture upright, as the mask is"
