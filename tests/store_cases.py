@@ -1,6 +1,8 @@
 """A small layout, and the records and samples that the tests of the store write in it."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,3 +92,11 @@ def whole(target: Any, count: int = 2, **arguments: Any) -> store.Writer:
 def missing(opened: Any) -> xr.Dataset:
     with pytest.warns(IncompleteWarning):
         return store.open(opened)
+
+
+def hide(path: Path, name: str) -> None:
+    """Leave a store as a kill does between making an array and showing it to readers."""
+    file = path / "zarr.json"
+    metadata = json.loads(file.read_text())
+    del metadata["consolidated_metadata"]["metadata"][name]
+    file.write_text(json.dumps(metadata))

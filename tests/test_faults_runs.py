@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dataset_cases import CALL, PROBE, bits, prompts, traced
+from dataset_cases import CALL, PROBE, Broken, bits, prompts, traced
 from fault_cases import ended, fork, killed, quiet, timed
+from store_cases import hide
 from zarr.storage import MemoryStore
 
 import dit_probe as dp
@@ -64,6 +65,17 @@ def test_interrupted_twice(pipe: Any, whole: dict[str, Any], tmp_path: Path):
     with quiet():
         done = int(dp.open(path).done.sum())
     assert traced(pipe, prompts(COUNT), path).made == COUNT - done
+    assert bits(path) == whole
+
+
+def test_pictures_that_a_killed_run_had_not_shown_yet(pipe: Any, whole: dict[str, Any], tmp_path: Path):
+    path = tmp_path / "run.zarr"
+    with quiet():
+        traced(pipe, Broken(COUNT, 3), path)
+    hide(path, "image")
+    with quiet():
+        assert "image" not in dp.open(path)
+    assert traced(pipe, prompts(COUNT), path, retry=True).made == 1
     assert bits(path) == whole
 
 

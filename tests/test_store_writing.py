@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from store_cases import COORDS, LAYOUT, bits, missing, plan, record, sample, whole
+from store_cases import COORDS, LAYOUT, bits, hide, missing, plan, record, sample, whole
 from zarr.storage import MemoryStore
 
 from dit_probe import store
@@ -226,6 +226,22 @@ def test_images_are_kept_beside_the_activations(shape: tuple[int, ...]):
     with pytest.raises(StoreError, match="images of this run are"):
         writer.write_images(slots, [np.zeros((1, 1, 3), np.uint8)])
     writer.close()
+
+
+def test_images_that_a_killed_run_had_not_shown_yet(tmp_path: Path):
+    picture = np.ones((4, 5, 3), np.uint8)
+    for stop in (3, None):
+        writer = store.create(tmp_path / "run.zarr", LAYOUT)
+        slots = writer.claim([sample(0)])
+        for name, step, layer in plan()[:stop]:
+            writer.write(name, record(name, 0, step, layer), sample=0, step=step, layer=layer)
+        writer.write_images(slots, [picture])
+        if stop is None:
+            writer.finish(slots)
+        writer.close()
+        if stop:
+            hide(tmp_path / "run.zarr", "image")
+    assert np.array_equal(store.open(tmp_path / "run.zarr").image[0], picture)
 
 
 def test_timesteps_that_nobody_announced():

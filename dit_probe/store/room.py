@@ -93,7 +93,7 @@ class Room:
                 elif not location.committed(found):
                     location.commit(self.place)  # somebody took the consolidated metadata out
             there = self.exists()
-            yield self._take_over(0 if found is None else found["done"].shape[0]) if there else None
+            yield self._take_over(found) if there else None
         finally:
             lock.release()
 
@@ -117,9 +117,9 @@ class Room:
         for name, array in self._arrays.items():
             self._arrays[name] = Gathered(array) if array.shards else array.with_config({"write_empty_chunks": True})
 
-    def _take_over(self, count: int) -> Status:
-        """Make the store this run's, and as long as its data set; readers see `count` samples so far."""
-        group = self._group
+    def _take_over(self, seen: Any) -> Status:
+        """Make the store this run's, and as long as its data set; `seen` is the group as readers see it so far."""
+        group, count = self._group, seen["done"].shape[0]
         if count > self.total:
             raise StoreError(
                 f"{location.text(self.place)} has {count} samples, the data set {self.total}: it is another one, or a "
@@ -128,7 +128,8 @@ class Room:
         try:
             arrays = [array for _, array in group.arrays() if "sample" in array.metadata.dimension_names]
             # Whatever a run that was killed while it did this has left.
-            if count < self.total or any(array.shape[0] != self.total for array in arrays):
+            shown = set(seen.array_keys())
+            if any(array.shape[0] != self.total or array.basename not in shown for array in [seen["done"], *arrays]):
                 for array in arrays:
                     array.resize((self.total, *array.shape[1:]))
                 location.commit(self.place)
@@ -213,7 +214,8 @@ class Room:
             layout,
             self._group,
             add=self._add,
-            commit=lambda: location.commit(self.place),
+            # Of the arrays, pictures alone are made later; once they are there, `_take_over` has shown them.
+            commit=(lambda: None) if "image" in self._arrays else lambda: location.commit(self.place),
             reader=lambda: open(self.place),
             queue=ByteQueue(),
             count=self.total,

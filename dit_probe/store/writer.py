@@ -239,10 +239,10 @@ class Writer:
             )
             if "image" not in self._arrays:
                 self._arrays["image"] = self._add(self._group, self.layout, image, self._count)
-                self._commit()
             elif self._arrays["image"].shape[1:] != shape:
                 found = self._arrays["image"].shape[1:]
                 raise StoreError(f"the images of this run are {shape} {dims}, those of the store {found}")
+            self._commit()  # though it be there: a run that was killed may have made it and not shown it
         for slot, picture in todo:
             self.write("image", picture, sample=slot)
 
