@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,15 @@ def measure(arms: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0
             cpu[name].append(time.process_time() - began[0])
             wall[name].append(time.perf_counter() - began[1])
     return Times(*({name: np.array(values) for name, values in seconds.items()} for seconds in (cpu, wall)))
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes that numpy and Python allocate in a call, at the worst moment."""
+    tracemalloc.start()
+    call()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
 
 
 def bars(ratios: Mapping[str, Mapping[str, float]], title: str, marks: Mapping[str, float] | None = None) -> go.Figure:

@@ -11,12 +11,11 @@ counts.
 from __future__ import annotations
 
 import argparse
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from alternating import write
+from alternating import peak, write
 from overhead import SHAPES, WORDS, Bench
 
 import dit_probe as dp
@@ -26,14 +25,6 @@ from dit_probe.summary import markdown
 from probes import ConceptAttention
 
 LAYERS, STEPS = (2, 6, 12), (1, 4)
-
-
-def host(call: Callable[[], object]) -> int:
-    tracemalloc.start()
-    call()
-    found = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found
 
 
 def row(layers: int, steps: int) -> dict[str, float]:
@@ -62,7 +53,7 @@ def row(layers: int, steps: int) -> dict[str, float]:
         "plain, MiB": found["plain"].memory / 2**20,
         "added, MiB": extra / 2**20,
         "added, layers' q k v o": extra / layer,
-        "host, MiB": host(arms["scores"]) / 2**20,
+        "host, MiB": peak(arms["scores"]) / 2**20,
         "scores kept, MiB": scores / 2**20,
     }
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from alternating import bars, measure, write
+from alternating import bars, measure, peak, write
 from overhead import SHAPES, WORDS, Bench, model_of
 
 import dit_probe as dp
@@ -64,14 +62,6 @@ def laid_out(model: Any, side: int, text: int, steps: int, record: tuple[str, ..
         sigmas=[float("nan")] * steps,
         branch="cond",
     )
-
-
-def peak(call: Callable[[], object]) -> int:
-    tracemalloc.start()
-    call()
-    found = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found
 
 
 def opening(folder: Path, rounds: int) -> float:

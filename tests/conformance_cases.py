@@ -119,7 +119,7 @@ def subject_of(case: tuple[str, str], size: str = "two") -> Subject:
 
 
 def limit(dtype: torch.dtype) -> float:
-    return 1e-5 if dtype == torch.float32 else stream.tolerance(dtype)
+    return stream.tolerance(dtype)
 
 
 def close(found, expected, dtype=torch.float32) -> None:

@@ -186,7 +186,9 @@ def test_swapped_streams_are_noticed(subject, monkeypatch):
 
 
 def differs_from_the_clamped_model(subject, mutated) -> bool:
-    expected = subject.clamped
+    """In ``c`` of the second layer; where the tolerance is wide, anywhere."""
+    single = subject.dtype == torch.float32
+    expected = {1: {"c": subject.clamped[1]["c"]}} if single else subject.clamped
     mutated()
     _, ds = subject.trace(subject.probe(record=["o_c", "c"]), verify=None)
     off = [

@@ -135,7 +135,7 @@ def _references_last(call: AttentionCall) -> AttentionCall:
         return call
     q, o = (F.pad(part, (0, 0, 0, 0, 0, references)) for part in (call.q, call.o))
     k, v = (part.roll(-references, dims=1) for part in (call.k, call.v))
-    return dataclasses.replace(call, q=q, k=k, v=v, o=o)
+    return dataclasses.replace(call, q=q, k=k, v=v, o=o, kernel=None)
 
 
 def _cache(layers: int, rows: int) -> Any:

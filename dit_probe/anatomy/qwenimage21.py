@@ -117,7 +117,7 @@ class QwenImage21(Anatomy):
             mask[:, :, start:stop, : call.k.shape[1]] = True if call.mask is None else call.mask
             start = stop
         q, o = torch.cat([call.q for call in calls], dim=1), torch.cat([call.o for call in calls], dim=1)
-        return replace(calls[-1], q=q, o=o, mask=mask)
+        return replace(calls[-1], q=q, o=o, mask=mask, kernel=None)
 
     def modulation(self, block: Block, arguments: Mapping[str, Any]) -> Tensor:
         # With a row for timestep 0 after those of the samples, text takes that one.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dit_probe.cli.evaluation import DEMO_LENGTH
-from dit_probe.cli.shared import Device, Dtype, Model, Offload, app, split_words
+from dit_probe.cli.shared import Device, Dtype, Model, NewStore, Offload, app, split_words
 from dit_probe.cli.tracing import Append, Concepts, KeepWhat, Overwrite, concept_probe
 from dit_probe.errors import TraceError
 
@@ -21,7 +21,7 @@ def encode(
         list[Path], typer.Argument(help="Pictures, a sample each; of a video model, frames of a clip.")
     ],
     concepts: Concepts,
-    store: Annotated[str, typer.Option(help="Directory or URL of the store.")],
+    store: NewStore,
     prompt: Annotated[str, typer.Option(help="What the model is told that they show; nothing by default.")] = "",
     timestep: Annotated[float, typer.Option(min=0, max=1000, help="Noise level.")] = 500,
     size: Annotated[int | None, typer.Option(min=1, help="Side in pixels that pictures are stretched to.")] = None,

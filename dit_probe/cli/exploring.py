@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_probe.cli.shared import app, split_numbers
+from dit_probe.cli.shared import Store, app, split_numbers
 from dit_probe.schema import human
 
 Masks = Annotated[
@@ -18,7 +18,7 @@ Masks = Annotated[
 
 @app.command()
 def explore(
-    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    store: Store,
     other: Annotated[str | None, typer.Argument(help="Another one to put beside it.")] = None,
     mask: Masks = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own asks for a token.")] = (
@@ -35,7 +35,7 @@ def explore(
 
 @app.command()
 def report(
-    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    store: Store,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     size: Annotated[int, typer.Option(min=1, help="Patches along a map; larger maps are averaged.")] = 32,
     samples: Annotated[str | None, typer.Option(help="Which, as 0,3 or 0-7; the first four if not given.")] = None,

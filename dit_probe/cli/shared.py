@@ -82,6 +82,8 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in demo.names() if name.startswith(incomplete)] + saved
 
 
+Store = Annotated[str, typer.Argument(help="Directory or URL of a store.")]
+NewStore = Annotated[str, typer.Option("--store", help="Directory or URL of the store.")]
 Model = Annotated[
     str,
     typer.Argument(

@@ -19,7 +19,9 @@ from dit_probe.cli.shared import (
     Dtype,
     Json,
     Model,
+    NewStore,
     Offload,
+    Store,
     app,
     console,
     print_json,
@@ -95,7 +97,7 @@ def trace(
     model: Model,
     prompt: Prompt,
     concepts: Concepts,
-    store: Annotated[str, typer.Option(help="Directory or URL of the store.")],
+    store: NewStore,
     steps: Steps = None,
     height: Height = None,
     width: Width = None,
@@ -123,7 +125,7 @@ def trace(
 
 @app.command()
 def maps(
-    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    store: Store,
     space: Annotated[Space, typer.Option(help="Where image and concepts are compared.")] = "output",
     softmax: Annotated[Softmax, typer.Option(help="Softmax over concepts.")] = "each",
     layers: Annotated[str | None, typer.Option(help="Layers to average, as 3,4 or 10-18; all by default.")] = None,
@@ -150,7 +152,7 @@ def maps(
 
 @app.command()
 def info(
-    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")],
+    store: Store,
     check: Annotated[bool, typer.Option("--check", help="Read every record; ends with 1 if one is damaged.")] = False,
     as_json: Json = False,
 ) -> None:
