@@ -72,15 +72,13 @@ class Mochi(Anatomy):
         expected = [tokens - prompt + count for count in counts]
         if [call.q.shape[1] for call in calls] != expected or any(len(call.q) > 1 for call in calls):
             return super().joint_call(calls, arguments, where, tokens)  # which says what was seen instead
-        parts = {
-            name: torch.cat([_padded(getattr(call, name), tokens) for call in calls]) for name in ("q", "k", "v", "o")
-        }
-        if all(count == prompt for count in counts):
-            return AttentionCall(**parts, mask=None, scale=calls[0].scale)
-        there = torch.arange(tokens, device=real.device) < torch.tensor(expected, device=real.device)[:, None]
-        # A padded query sees nothing, for which the attention operation gives zeros, as the model does.
-        mask = there[:, None, :, None] & there[:, None, None, :]
-        return AttentionCall(**parts, mask=mask, scale=calls[0].scale)
+        q, k, v, o = (torch.cat([_padded(getattr(call, name), tokens) for call in calls]) for name in "qkvo")
+        mask = None
+        if any(count < prompt for count in counts):
+            there = torch.arange(tokens, device=real.device) < torch.tensor(expected, device=real.device)[:, None]
+            # A padded query sees nothing, for which the attention operation gives zeros, as the model does.
+            mask = there[:, None, :, None] & there[:, None, None, :]
+        return AttentionCall(q, k, v, o, mask=mask, scale=calls[0].scale)
 
     def planned_grid(self, pipe: Any, height: int, width: int, frames: int) -> Grid:
         token = pipe.vae_spatial_scale_factor * pipe.transformer.config.patch_size
