@@ -141,7 +141,8 @@ class Counting(WrapperStore):
         return await super().get(key, *rest, **named)
 
     def chunks(self) -> set[str]:
-        return {key for key in self.keys if "/c/" in key and not key.startswith(("concept_name", "prompt", "seed"))}
+        labels = ("concept_name", "prompt", "seed")
+        return {key for key in self.keys if not key.endswith(".json") and not key.startswith(labels)}
 
 
 def test_only_the_chunks_of_the_selection_are_read(path):
@@ -152,11 +153,11 @@ def test_only_the_chunks_of_the_selection_are_read(path):
     store.keys.clear()
     drawn(application, sample=1, layers=[3, 4], steps=[1, 1])
     # Layers 3 and 4 are the third and the fourth of the store.
-    expected = {f"{name}/c/1/1/{layer}/0/0/0" for name in ("o_x", "o_c") for layer in (2, 3)} | {"image/c/1/0/0/0"}
+    expected = {f"{name}/c.1.1.{layer}.0.0.0" for name in ("o_x", "o_c") for layer in (2, 3)} | {"image/c.1.0.0.0"}
     assert store.chunks() == expected
     store.keys.clear()
     drawn(application, sample=1, layers=[1, 4], steps=[1, 1], row=1, column=1)
-    assert {key for key in store.chunks() if key.startswith("o_x")} == {"o_x/c/1/1/1/0/0/0"}, "the others are known"
+    assert {key for key in store.chunks() if key.startswith("o_x")} == {"o_x/c.1.1.1.0.0.0"}, "the others are known"
 
 
 def test_a_large_sample_opens_on_a_part_of_it(path, monkeypatch):

@@ -102,7 +102,7 @@ def test_damaged_chunks_are_named_and_the_rest_is_read(tmp_path: Path, shard: in
     run_room(path, 3, shard)
     good = store.open(path).load()
     numbers = good.o_c.sel(step=3, layer=2).values[0].tobytes()
-    files = [file for file in (path / "o_c" / "c").rglob("*") if file.is_file()]
+    files = list((path / "o_c").glob("c.*"))
     (file,) = [file for file in files if numbers in file.read_bytes()]
     kept = file.read_bytes()
     at = kept.index(numbers)
@@ -120,7 +120,7 @@ def test_damaged_chunks_are_named_and_the_rest_is_read(tmp_path: Path, shard: in
 
 def test_a_missing_chunk_is_found(tmp_path: Path):
     whole(tmp_path / "run.zarr")
-    (tmp_path / "run.zarr" / "p" / "c" / "1" / "0" / "2" / "0" / "0").unlink()
+    (tmp_path / "run.zarr" / "p" / "c.1.0.2.0.0").unlink()
     (line,) = store.damaged(tmp_path / "run.zarr")
     assert line.startswith("'p' at sample 1, step 0, layer 5 of ") and line.endswith(" is missing")
 

@@ -126,7 +126,7 @@ def test_opening_reads_no_chunk_and_lists_nothing():
     assert ds.o_x.chunks is not None
     assert ds.o_x.data.chunksize == (1, 1, 1, 6, 2, 4)
     ds.o_x[1, 1, 2].load()
-    assert [key for key in counting.seen if key.startswith("o_x/c")] == ["o_x/c/1/1/2/0/0/0"]
+    assert [key for key in counting.seen if key.startswith("o_x/c")] == ["o_x/c.1.1.2.0.0.0"]
 
 
 ELEMENTS: dict[str, Any] = {

@@ -79,7 +79,7 @@ def test_the_commands(tmp_path: Path):
     result = run("info", store, "--check")
     assert result.exit_code == 0, result.output
     assert all(text in result.output for text in ("2 complete", "files", "nothing is left to do", "0 damaged records"))
-    chunk = next(file for file in (tmp_path / "run.zarr" / "score_output" / "c" / "1").rglob("*") if file.is_file())
+    chunk = next((tmp_path / "run.zarr" / "score_output").glob("c.1.*"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
     result = run("info", store, "--check")
     assert result.exit_code == 1 and "'score_output' at sample 1, step 0, layer " in result.stderr

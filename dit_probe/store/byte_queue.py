@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 QUEUE_BYTES = 256 * 2**20
-THREADS = 2
+THREADS = 4
 
 
 class ByteQueue:

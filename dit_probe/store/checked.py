@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_probe.errors import StoreError
-from dit_probe.store import encoding, location
+from dit_probe.store import chunks, encoding, location
 from dit_probe.store.records import LEADING, where
 
 
@@ -38,7 +38,7 @@ class Records:
 
     def __getitem__(self, index: Any) -> Any:
         try:
-            values = self.array[index]
+            values = chunks.read(self.array, index)
         except Exception as error:
             raise StoreError(
                 f"{self._name(index)} of {self._place} cannot be read: {type(error).__name__}: {error}. The chunk is "
@@ -100,7 +100,7 @@ def damaged(store: Any) -> list[str]:
         >>> store.damaged("run.zarr")
         []
         >>> from pathlib import Path
-        >>> _ = Path("run.zarr/c/c/0/0/0/0").write_bytes(b"")
+        >>> _ = Path("run.zarr/c/c.0.0.0.0").write_bytes(b"")
         >>> store.damaged("run.zarr")
         ["'c' at sample 0, step 0, layer 0 of run.zarr cannot be read: ..."]
     """

@@ -21,6 +21,8 @@ from dit_probe.store.reserved import Reserved
 from dit_probe.store.writer import Writer, unwritten
 
 LABELS_PER_CHUNK = 64
+KEYS: Any = {"name": "default", "separator": "."}
+"""Names of records without a directory for each token dim, which would take longer to make than the file in it."""
 
 
 def create(
@@ -106,6 +108,7 @@ def new_array(group: zarr.Group, layout: Layout, variable: Variable, samples: in
         variable.name,
         shape=shape,
         chunks=tuple(1 if dim in ("sample", *LEADING) else max(1, size) for dim, size in zip(dims, shape, strict=True)),
+        chunk_key_encoding=KEYS,
         shards=(shard, *(max(1, size) for size in shape[1:])) if shard else None,
         dtype=STORED[variable.dtype],
         fill_value=FILL[variable.dtype],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from uuid import uuid4
@@ -164,14 +164,14 @@ def _incomplete(place: StorePath, done: np.ndarray, ds: xr.Dataset, planned: Map
             f"because they failed{first}. trace_dataset on the same path completes the others; "
             "ds.isel(sample=ds.done.values) leaves them out."
         )
+    present = {name: set(location.keys(place, name)) for name in planned}
     parts: list[str] = []
     for slot in slots[:SHOWN]:
-        count, lost = 0, []
-        for name, array in planned.items():
-            wanted, missing = _records(place, ds[name], slot, array.array.attrs)
-            count += wanted
-            lost += missing
-        parts.append(f"sample {slot} lacks {len(lost)} of {count} records" + (f", first {lost[0]}" if lost else ""))
+        records = [record for name, array in planned.items() for record in _records(ds[name], array.array, slot)]
+        lost = [text for name, key, text in records if key not in present[name]]
+        parts.append(
+            f"sample {slot} lacks {len(lost)} of {len(records)} records" + (f", first {lost[0]}" if lost else "")
+        )
     more = f"; and {len(slots) - SHOWN} more" if len(slots) > SHOWN else ""
     return (
         f"{len(slots)} of {len(done)} samples of {location.text(place)} are incomplete: {'; '.join(parts)}{more}. The "
@@ -179,20 +179,14 @@ def _incomplete(place: StorePath, done: np.ndarray, ds: xr.Dataset, planned: Map
     )
 
 
-def _records(place: StorePath, array: xr.DataArray, slot: int, attrs: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Number of planned records of a variable in one slot, and those without a chunk, in words."""
-    dims = [dim for dim in LEADING if dim in array.dims]
-    # A chunk's key is sample/[branch/]step/layer/0/0…; anything else is a temporary file of a write that was cut short.
-    zeros = ["0"] * (array.ndim - len(dims) - 1)
-    parts = [key.split("/") for key in location.keys(place, f"{array.name}/c/{slot}")]
-    present = {tuple(part[: len(dims)]) for part in parts if part[len(dims) :] == zeros}
-    labels = [array[dim].values.tolist() for dim in dims]
-    chosen = [set(attrs.get(f"{dim}s", labels[at])) for at, dim in enumerate(dims)]
-    count, missing = 0, []
+def _records(labelled: xr.DataArray, array: Any, slot: int) -> Iterator[tuple[str, str, str]]:
+    """Planned records of a variable in one slot: its name, the chunk's key below it, and where it is, in words."""
+    dims = [dim for dim in LEADING if dim in labelled.dims]
+    labels = [labelled[dim].values.tolist() for dim in dims]
+    chosen = [set(array.attrs.get(f"{dim}s", labels[at])) for at, dim in enumerate(dims)]
     for index in np.ndindex(*map(len, labels)):
         record = [labels[at][position] for at, position in enumerate(index)]
         if all(label in chosen[at] for at, label in enumerate(record)):
-            count += 1
-            if tuple(map(str, index)) not in present:
-                missing.append(f"{array.name!r} at {where(**dict(zip(dims, record, strict=True)))}")
-    return count, missing
+            place = (slot, *index, *(0 for _ in array.shape[len(index) + 1 :]))
+            at = where(**dict(zip(dims, record, strict=True)))
+            yield str(labelled.name), array.metadata.encode_chunk_key(place), f"{str(labelled.name)!r} at {at}"

@@ -22,7 +22,7 @@ import zarr
 
 from dit_probe.errors import StoreError, StoreFault, TraceError
 from dit_probe.schema import Layout, Sample, Variable
-from dit_probe.store import identity
+from dit_probe.store import chunks, identity
 from dit_probe.store.byte_queue import ByteQueue
 from dit_probe.store.encoding import CONFIG, finite
 from dit_probe.store.records import QUEUED, WRITTEN, Account, positions, where
@@ -381,7 +381,7 @@ class _Record:
                     f"non-finite value in {self._name} (overflow in {self._variable.dtype}?). Activations are kept "
                     f"without loss or not at all: run the model in float32 or bfloat16, or leave this record out."
                 )
-            self._array[index] = data
+            chunks.write(self._array, index, data)
         except StoreError:
             raise
         except Exception as error:
