@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from dit_probe.chunkwise import chunkwise, softmax_over_concepts, whole
 from dit_probe.errors import MapError
 from dit_probe.schema import SCORE_SOURCES, SCORES, SPACES
 from dit_probe.selection import select, select_heads
@@ -33,7 +34,23 @@ DIRECTIONS = ("image_to_concept", "concept_to_image")
 PROMPT_ATTENTION = {"image_to_prompt": "attention_x_to_p", "prompt_to_image": "attention_p_to_x"}
 """Variable that each direction of `prompt_attention` is recorded in."""
 
-_ORDER = ("sample", "branch", "step", "layer", "head", "concept", "prompt_token", "frame", "y", "x", "image_token")
+SUMMED = ("head_summed", "head_dim_summed")
+"""Dims that a dot product runs over."""
+
+_ORDER = (
+    "sample",
+    "branch",
+    "step",
+    "layer",
+    "head",
+    "concept",
+    "prompt_token",
+    "frame",
+    "y",
+    "x",
+    "image_token",
+    *SUMMED,
+)
 
 
 def scores(
@@ -81,6 +98,14 @@ def scores(
         >>> float(scores(ds).max()), float(scores(ds, heads=[0]).max())
         (8.0, 4.0)
     """
+    found = _unsqueezed(ds, space, direction, rotary, heads, layers, steps)
+    return found.squeeze([dim for dim in SUMMED if dim in found.dims])
+
+
+def _unsqueezed(
+    ds: xr.Dataset, space: Space, direction: Direction, rotary: bool, heads: Any, layers: Any, steps: Any
+) -> xr.DataArray:
+    """As `scores`, with the dims `SUMMED` of length 1, so that dask reads and reduces a record in one task."""
     _check(ds, space=(space, SPACES), direction=(direction, DIRECTIONS))
     merged = isinstance(heads, str)
     if merged:
@@ -170,14 +195,14 @@ def saliency(
             f"one concept and softmax={softmax!r}: a softmax over a single concept is 1 everywhere, whatever the "
             "image. Trace several concepts (for instance a few background words beside it), or pass softmax=None"
         )
-    values = scores(ds, space, direction=direction, rotary=rotary, heads=heads, layers=layers, steps=steps)
+    values = _unsqueezed(ds, space, direction, rotary, heads, layers, steps)
     attrs = {"softmax": softmax, **values.attrs}
     if softmax == "each":
-        values = _softmax(values)
+        values = softmax_over_concepts(values)
     # skipna=False: a step or layer that is missing must not pass for an average of the others.
-    values = values.mean([dim for dim in over if dim in values.dims], skipna=False)
+    values = values.mean([dim for dim in (*over, *SUMMED) if dim in values.dims], skipna=False)
     if softmax == "after":
-        values = _softmax(values)
+        values = softmax_over_concepts(values)
     values = grid(values)
     values.name, values.attrs = "saliency", attrs
     return values
@@ -346,50 +371,22 @@ def _named(array: xr.DataArray, ds: xr.Dataset) -> xr.DataArray:
     return array.assign_coords(concept_name=ds["concept_name"]) if "concept_name" in ds.data_vars else array
 
 
-def _whole(array: xr.DataArray, dims: Sequence[str]) -> xr.DataArray:
-    """One chunk along these dims; DataArray.chunk would turn coordinates, which the grid needs now, into dask too."""
-    if array.chunks is None:
-        return array
-    return array.copy(data=array.variable.chunk(dict.fromkeys(dims, -1)).data)
-
-
 def _dot(image: xr.DataArray, concept: xr.DataArray, *, each: bool) -> xr.DataArray:
     """Dot products, as one matrix product a chunk (einsum does not reach BLAS with this many dims)."""
     dtype = _precision(image, concept)
+    over = ["head_dim"] if each else ["head", "head_dim"]
 
     def kernel(x: np.ndarray, c: np.ndarray) -> np.ndarray:
-        x, c = x.astype(dtype, copy=False), c.astype(dtype, copy=False)
-        if each:
-            return np.matmul(np.moveaxis(c, -2, -3), np.moveaxis(x, -3, -1))
-        x, c = x.reshape(*x.shape[:-2], -1), c.reshape(*c.shape[:-2], -1)
-        return np.matmul(c, x.swapaxes(-1, -2))
+        x, c = (part.astype(dtype, copy=False).reshape(*part.shape[: -len(over)], -1) for part in (x, c))
+        # The product the other way round takes 1.4 times as long.
+        return np.ascontiguousarray(np.matmul(x, c.swapaxes(-1, -2)).swapaxes(-1, -2))
 
-    core = [["image_token", "head", "head_dim"], ["concept", "head", "head_dim"]]
+    core, made = [["image_token", *over], ["concept", *over]], ["concept", "image_token"]
     return xr.apply_ufunc(
-        kernel,
-        _whole(image, core[0]),
-        _whole(concept, core[1]),
+        chunkwise(kernel, core, made, dtype),
+        whole(image, core[0]),
+        whole(concept, core[1]),
         input_core_dims=core,
-        output_core_dims=[["head", "concept", "image_token"] if each else ["concept", "image_token"]],
-        dask="parallelized",
-        output_dtypes=[dtype],
+        output_core_dims=[[*made, *SUMMED[-len(over) :]]],
+        dask="allowed",
     )
-
-
-def _softmax(values: xr.DataArray) -> xr.DataArray:
-    """Softmax over concepts, wherever the dim is."""
-
-    def kernel(s: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):  # inf - inf: a score that overflowed becomes NaN and shows as such
-            weights = np.exp(s - s.max(-1, keepdims=True))
-        return weights / weights.sum(-1, keepdims=True)
-
-    result = xr.apply_ufunc(
-        kernel,
-        _whole(values, ["concept"]),
-        input_core_dims=[["concept"]],
-        output_core_dims=[["concept"]],
-        dask="parallelized",
-        output_dtypes=[values.dtype],
-    )
-    return result.transpose(*values.dims)

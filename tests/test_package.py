@@ -25,7 +25,7 @@ FLOW = (
     ("pipelines", "guidance", "rehearsal", "edit", "forward", "hooks", "transfer"),
     ("store",),
     ("recording", "tracing", "encoding", "edits"),
-    ("selection",),
+    ("selection", "chunkwise"),
     ("maps",),
     ("self_attention", "diagnostics"),
     ("rows",),
@@ -43,6 +43,7 @@ FLOW = (
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 OFFLINE = (
     "selection",
+    "chunkwise",
     "maps",
     "self_attention",
     "diagnostics",

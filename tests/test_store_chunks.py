@@ -119,9 +119,9 @@ def test_damage_is_an_error(tmp_path: Path, kind: str):
             chunks.read(mine, (0, 0, slice(None), slice(None)))
     # The checksum fits, the length does not.
     mine = array(LocalStore(tmp_path), **CODECS[kind], overwrite=True)
-    shorter = chunks._Chunk.of(mine, (0, 0, slice(None), slice(None)))
-    assert shorter is not None
-    shorter.write(np.zeros(12, np.uint8))
+    form = chunks._Form.of(mine)
+    assert form is not None
+    form.write((0, 0, 0, 0), np.zeros(12, np.uint8))
     with pytest.raises(Exception, match=r"."):
         chunks.read(mine, (0, 0, slice(None), slice(None)))
 

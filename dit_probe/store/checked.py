@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,11 +41,25 @@ class Records:
         try:
             values = chunks.read(self.array, index)
         except Exception as error:
+            name, error = self._culprit(index) or (self._name(index), error)
             raise StoreError(
-                f"{self._name(index)} of {self._place} cannot be read: {type(error).__name__}: {error}. The chunk is "
+                f"{name} of {self._place} cannot be read: {type(error).__name__}: {error}. The chunk is "
                 "damaged; all others can be read. Trace this sample again, or leave it out"
             ) from error
         return values if self._convert is None else self._convert(np.asarray(values))
+
+    def _culprit(self, index: Any) -> tuple[str, Exception] | None:
+        """Which of several records cannot be read, and why."""
+        leading = [dim for dim in self.dims if dim == "sample" or dim in LEADING]
+        parts = index if isinstance(index, tuple) else (index,)
+        asked = dict(zip(self.dims, parts, strict=False))
+        chosen = [np.atleast_1d(np.arange(len(self._labels[dim]))[asked.get(dim, slice(None))]) for dim in leading]
+        for record in itertools.product(*chosen):
+            try:
+                chunks.read(self.array, (*map(int, record), *(slice(None) for _ in self.dims[len(record) :])))
+            except Exception as error:
+                return self._name(record), error
+        return None
 
     def _name(self, index: Any) -> str:
         index = index if isinstance(index, tuple) else (index,)

@@ -8,9 +8,10 @@ left to Zarr.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -42,107 +43,122 @@ def write(array: Any, index: tuple[int, ...], values: np.ndarray) -> None:
     Raises:
         Exception: whatever the store raises.
     """
-    chunk = _Chunk.of(array, (*index, *(slice(None) for _ in array.shape[len(index) :])))
-    if chunk is None or (values.dtype, values.nbytes) != (array.dtype, chunk.nbytes):
+    form = _Form.of(array)
+    box = None if form is None else _box(array, (*index, *(slice(None) for _ in array.shape[len(index) :])))
+    if form is None or box is None or (values.dtype, values.nbytes) != (array.dtype, form.nbytes):
         array[index] = values
     else:
-        chunk.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        form.write([part.start for part in box], np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 def read(array: Any, index: Any) -> np.ndarray:
-    """``array[index]``.
+    """``array[index]``, of as many chunks as that are.
 
     Raises:
         Exception: whatever Zarr raises for a chunk that cannot be read.
     """
-    chunk = _Chunk.of(array, index)
-    data = None if chunk is None else chunk.read()
-    if chunk is None or data is None or len(data) != chunk.nbytes:
+    form, box = _Form.of(array), _box(array, index)
+    if form is None or box is None:
         return array[index]
-    shape = [size for size, part in zip(array.chunks, index, strict=True) if isinstance(part, slice)]
-    return data.view(array.dtype).reshape(shape)
+    counts = [len(part) for part in box]
+    values = np.empty([count * size for count, size in zip(counts, array.chunks, strict=True)], array.dtype)
+    each = values.reshape(*counts, -1)
+    for cell in np.ndindex(*counts):
+        found = form.read([part[at] for part, at in zip(box, cell, strict=True)], each[cell].view(np.uint8))
+        if found is None:
+            each[cell] = array.fill_value
+        elif not found:
+            return array[index]  # which says what is wrong
+    return values[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
+
+
+def _box(array: Any, index: Any) -> list[range] | None:
+    """Numbers of the chunks, along each dim, that ``array[index]`` is all of, if there are such."""
+    if not isinstance(index, tuple) or len(index) != len(array.shape):
+        return None
+    box = []
+    for part, size, length in zip(index, array.chunks, array.shape, strict=True):
+        if isinstance(part, slice):
+            start, stop, step = part.indices(length)
+        elif isinstance(part, int | np.integer):
+            start, step = range(length)[part], 1
+            stop = start + 1
+        else:
+            return None
+        if start % size or stop % size or step != 1 or stop <= start:
+            return None
+        box.append(range(start // size, stop // size))
+    return box
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """One chunk as a trace has them: the bytes of its numbers, compressed by Blosc or not, and their crc32c."""
+class _Form:
+    """Chunks as a trace has them: the bytes of the numbers, compressed by Blosc or not, and their crc32c."""
 
     store: Store
-    key: str
+    key: Callable[[tuple[int, ...]], str]
     nbytes: int
     blosc: Blosc | None
 
     @classmethod
-    def of(cls, array: Any, index: Any) -> _Chunk | None:
-        """The chunk that is all of ``array[index]``, if there is one and it is of this kind."""
-        if not isinstance(array, zarr.Array) or array.shards is not None or not isinstance(index, tuple):
+    def of(cls, array: Any) -> _Form | None:
+        """That of an array, if it has this one."""
+        if not isinstance(array, zarr.Array) or array.shards is not None:
             return None
-        if len(index) != array.ndim or not array.size:
-            return None
-        place = []
-        for part, size, length in zip(index, array.chunks, array.shape, strict=True):
-            if isinstance(part, slice):
-                start, stop, step = part.indices(length)
-            else:
-                start = range(length)[part]
-                stop, step = start + 1, 1
-            if start % size or stop - start != size or step != 1:
-                return None
-            place.append(start // size)
         metadata: Any = array.metadata
-        codecs = metadata.codecs
-        if not (isinstance(codecs[0], BytesCodec) and isinstance(codecs[-1], Crc32cCodec)) or len(codecs) > 3:
+        numbers, *compressors, checksum = metadata.codecs if len(metadata.codecs) > 1 else (None, None)
+        if not isinstance(numbers, BytesCodec) or not isinstance(checksum, Crc32cCodec) or len(compressors) > 1:
             return None
-        if getattr(codecs[0].endian, "value", "little") != "little" or array.dtype.newbyteorder("<") != array.dtype:
+        if getattr(numbers.endian, "value", "little") != "little" or array.dtype.newbyteorder("<") != array.dtype:
             return None
         blosc = None
-        if len(codecs) == 3:
-            if not isinstance(codecs[1], BloscCodec):
+        for compressor in compressors:
+            if not isinstance(compressor, BloscCodec):
                 return None
-            options: Any = codecs[1].to_dict()["configuration"]
+            options: Any = compressor.to_dict()["configuration"]
             blosc = Blosc(**{**options, "shuffle": _SHUFFLES[options["shuffle"]]})
-        key = "/".join(part for part in (array.path, metadata.encode_chunk_key(tuple(place))) if part)
-        return cls(array.store, key, int(np.prod(array.chunks)) * array.dtype.itemsize, blosc)
+        nbytes = math.prod(array.chunks) * array.dtype.itemsize
+        return cls(array.store, lambda place: f"{array.path}/{metadata.encode_chunk_key(place)}", nbytes, blosc)
 
-    def write(self, data: np.ndarray) -> None:
+    def write(self, place: Sequence[int], data: np.ndarray) -> None:
         if self.blosc is not None:
             data = np.frombuffer(self.blosc.encode(data), np.uint8)
-        parts = data, _checksum(data)
+        key, parts = self.key(tuple(place)).lstrip("/"), (data, _checksum(data))
         if type(self.store) is LocalStore:
-            _write_file(self.store.root / self.key, *parts)
+            _write_file(f"{self.store.root}/{key}", *parts)
             return
         whole: Any = np.concatenate(parts)
         buffer = default_buffer_prototype().buffer.from_array_like(whole)
         if isinstance(self.store, SupportsSetSync):
-            self.store.set_sync(self.key, buffer)
+            self.store.set_sync(key, buffer)
         else:
-            sync(self.store.set(self.key, buffer))
+            sync(self.store.set(key, buffer))
 
-    def read(self) -> np.ndarray | None:
-        """Its numbers as bytes, owned by the caller, or None where it is damaged or not there."""
-        found = self._stored()
-        if found is None or len(found) < 4 or found[-4:].tobytes() != _checksum(found[:-4]).tobytes():
-            return None
-        if self.blosc is None:
-            return found[:-4]
-        # Blosc says at bytes 4 to 8 how long its numbers are, and leaves what is longer as it was.
-        if int.from_bytes(found[4:8].tobytes(), "little") != self.nbytes:
-            return None
-        numbers = np.empty(self.nbytes, np.uint8)
-        with contextlib.suppress(ValueError, RuntimeError):
-            self.blosc.decode(found[:-4], numbers)
-            return numbers
-        return None
-
-    def _stored(self) -> np.ndarray | None:
+    def read(self, place: Sequence[int], numbers: np.ndarray) -> bool | None:
+        """Put a chunk's bytes there; False where it is damaged, None where it is missing."""
+        key = self.key(tuple(place)).lstrip("/")
         if type(self.store) is LocalStore:
-            return _read_file(self.store.root / self.key)
-        prototype = default_buffer_prototype()
-        if isinstance(self.store, SupportsGetSync):
-            found = self.store.get_sync(self.key, prototype=prototype)
+            found = _read_file(f"{self.store.root}/{key}", numbers if self.blosc is None else None)
+        elif isinstance(self.store, SupportsGetSync):
+            found = _parts(self.store.get_sync(key, prototype=default_buffer_prototype()))
         else:
-            found = sync(self.store.get(self.key, prototype))
-        return None if found is None else np.array(found.as_numpy_array())
+            found = _parts(sync(self.store.get(key, default_buffer_prototype())))
+        if found is None:
+            return None
+        data, checksum = found
+        if checksum.tobytes() != _checksum(data).tobytes():
+            return False
+        if self.blosc is None:
+            if len(data) == len(numbers) and data is not numbers:
+                numbers[...] = data
+            return len(data) == len(numbers)
+        # Blosc says at bytes 4 to 8 how long its numbers are, and leaves what is longer as it was.
+        if int.from_bytes(data[4:8].tobytes(), "little") != len(numbers):
+            return False
+        with contextlib.suppress(ValueError, RuntimeError):
+            self.blosc.decode(data, numbers)
+            return True
+        return False
 
 
 def _checksum(data: np.ndarray) -> np.ndarray:
@@ -150,12 +166,17 @@ def _checksum(data: np.ndarray) -> np.ndarray:
     return np.array([google_crc32c.value(memory)], "<u4").view(np.uint8)
 
 
-def _write_file(path: Path, *parts: np.ndarray) -> None:
+def _parts(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Data and checksum of what a store gave."""
+    whole = None if found is None else found.as_numpy_array()
+    return None if whole is None else (whole[:-4], whole[-4:])
+
+
+def _write_file(path: str, *parts: np.ndarray) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = f"{path}.{uuid4().hex}.partial"  # as Zarr calls them
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "xb", buffering=0) as file:
+        with open(_new(partial), "wb", buffering=0) as file:
             for part in parts:
                 left = part.data
                 while left:
@@ -169,11 +190,23 @@ def _write_file(path: Path, *parts: np.ndarray) -> None:
         raise
 
 
-def _read_file(path: Path) -> np.ndarray | None:
+def _new(path: str) -> int:
+    """Descriptor of a new file; its directories are made if it is the first there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _read_file(path: str, numbers: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Data and checksum of a file, the data at `numbers` where that has the length."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
-        data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        size = os.fstat(file.fileno()).st_size - 4
+        data = np.empty(max(size, 0), np.uint8) if numbers is None or len(numbers) != size else numbers
         left = data.data
         while left and (count := file.readinto(left)):
             left = left[count:]
-        return data if not left else None
+        return data, np.frombuffer(file.read(5), np.uint8)
     return None

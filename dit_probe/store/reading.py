@@ -115,7 +115,7 @@ def info(store: Any) -> dict[str, Any]:
 def _lazy(name: str, records: checked.Records) -> da.Array:
     """As dask array."""
     meta = np.empty((0,) * records.ndim, records.dtype)
-    return da.from_array(records, _chunks(records), name=f"{name}-{uuid4().hex}", meta=meta)
+    return da.from_array(records, _chunks(records), name=f"{name}-{uuid4().hex}", meta=meta, inline_array=True)
 
 
 def _chunks(records: checked.Records) -> Any:
