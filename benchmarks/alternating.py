@@ -39,13 +39,19 @@ class Times:
         return found
 
 
-def measure(arms: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> Times:
-    """Run every arm once to warm up and then once a round, in an order that is drawn anew for each."""
+def measure(
+    arms: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, after: Callable[[], object] = lambda: None
+) -> Times:
+    """Run every arm once to warm up and then once a round, in an order that is drawn anew for each.
+
+    `after` cleans up behind each, and is not timed.
+    """
     order, drawn = list(arms), random.Random(seed)
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     wall: dict[str, list[float]] = {name: [] for name in arms}
     for name in order:
         arms[name]()
+        after()
     for _ in range(rounds):
         drawn.shuffle(order)
         for name in order:
@@ -53,6 +59,7 @@ def measure(arms: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0
             arms[name]()
             cpu[name].append(time.process_time() - began[0])
             wall[name].append(time.perf_counter() - began[1])
+            after()
     return Times(*({name: np.array(values) for name, values in seconds.items()} for seconds in (cpu, wall)))
 
 

@@ -1,6 +1,6 @@
 """How near to the disk is the store? One trace's records written by several means, in turns.
 
-    python benchmarks/store.py                     # 3 samples x 8 steps x 6 layers x 4 variables of 1 MiB each
+    python benchmarks/store.py                     # 0.6 GiB in records of 1 MiB, and 2.3 GiB in those of Flux, 24 MiB
     python benchmarks/store.py --folder /scratch   # on another disk
 
 | arm | |
@@ -11,8 +11,9 @@
 | dit-probe | `dit_probe.store`'s writer, its queue and threads |
 | icechunk | zarr into an Icechunk repository with one commit, where it is installed |
 
-Every arm ends when its files have reached the disk (fsync of each). Noise, which no codec makes much smaller: bfloat16
-is compressed all the same, float16 and float32 are not (`dit_probe.store.encoding`).
+Every arm ends when its files have reached the disk (fsync of each); what it wrote is deleted before the next begins.
+Noise, which no codec makes much smaller: bfloat16 is compressed all the same, float16 and float32 are not
+(`dit_probe.store.encoding`).
 
 Below, a run of the Flux-like model that writes these four variables is held against the same run without a trace and
 against the bytes at np.save's rate of the same round.
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 import zarr
 from alternating import bars, measure, write
-from overhead import SHAPES, Bench
+from overhead import SHAPES, Bench, model_of
 
 import dit_probe as dp
 from dit_probe import planning, store
@@ -43,18 +44,27 @@ from dit_probe.report import Section
 from dit_probe.schema import Layout, Sample
 
 RECORD = ("o_x", "q_x", "k_x", "v_x")
-STEPS = 8
+COUNTS = {"small": (3, 8, 6), "flux": (1, 4, 6)}
+"""Samples, steps and layers."""
+LEFT: list[Path] = []
 
 
-def layout_of(model: Any, steps: int, record: tuple[str, ...] = RECORD) -> Layout:
-    """Of a trace that records `record` of the joint blocks."""
-    side = SHAPES["small"]["side"]
+def cleaned() -> None:
+    while LEFT:
+        shutil.rmtree(LEFT.pop())
+    os.sync()
+
+
+def layout_of(kind: str, dtype: torch.dtype, steps: int, layers: int) -> Layout:
+    """Of a trace that records `RECORD` of so many joint blocks."""
+    shape = SHAPES[kind]
+    model, _ = model_of(shape, "meta", dtype)
     return planning.layout(
         find(model),
         model,
-        Combination(dp.Probe(record=record, steps=range(steps))),
-        grid=Grid.regular(side, side),
-        prompt_tokens=SHAPES["small"]["text"],
+        Combination(dp.Probe(record=RECORD, steps=range(steps), layers=range(layers))),
+        grid=Grid.regular(shape["side"], shape["side"]),
+        prompt_tokens=shape["text"],
         concepts=0,
         timesteps=[float("nan")] * steps,
         sigmas=[float("nan")] * steps,
@@ -74,22 +84,20 @@ def synced(folder: Path) -> None:
 class Records:
     """The records of a few samples, and every way to write them."""
 
-    def __init__(self, folder: Path, samples: int, dtype: str) -> None:
-        self.folder, self.samples = folder, samples
-        model = Bench(SHAPES["small"], "cpu", getattr(torch, dtype), 1).model
-        self.layout = layout_of(model, STEPS)
+    def __init__(self, folder: Path, kind: str, dtype: str) -> None:
+        self.folder, (self.samples, self.steps, self.layers) = folder, COUNTS[kind]
+        self.layout = layout_of(kind, getattr(torch, dtype), self.steps, self.layers)
         variable = self.layout.variables[0]
         shape = tuple(self.layout.sizes[dim] for dim in variable.dims)
-        self.layers = len(variable.layers or ())
         noise = np.random.default_rng(0).standard_normal(shape, np.float32)
         bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
         self.record = bits if dtype == "bfloat16" else noise.astype(dtype)
-        self.count = samples * STEPS * self.layers * len(RECORD)
+        self.count = self.samples * self.steps * self.layers * len(RECORD)
         self.bytes = self.count * self.record.nbytes
 
     def places(self) -> Any:
         for sample in range(self.samples):
-            for step in range(STEPS):
+            for step in range(self.steps):
                 for layer in range(self.layers):
                     for name in RECORD:
                         yield name, sample, step, layer
@@ -97,11 +105,9 @@ class Records:
     def arm(self, make: Callable[[Path], None]) -> Callable[[], None]:
         def run() -> None:
             place = Path(tempfile.mkdtemp(dir=self.folder))
-            try:
-                make(place)
-                synced(place)
-            finally:
-                shutil.rmtree(place)
+            LEFT.append(place)
+            make(place)
+            synced(place)
 
         return run
 
@@ -117,7 +123,7 @@ class Records:
             (place / f"{name}.{sample}.{step}.{layer}").write_bytes(self.record.data)
 
     def _arrays(self, group: zarr.Group, **options: Any) -> dict[str, Any]:
-        shape = (self.samples, STEPS, self.layers, *self.record.shape)
+        shape = (self.samples, self.steps, self.layers, *self.record.shape)
         chunks = (1, 1, 1, *self.record.shape)
         return {
             name: group.create_array(name, shape=shape, chunks=chunks, dtype=self.record.dtype, **options)
@@ -144,8 +150,7 @@ class Records:
         writer = store.create(place / "run.zarr", self.layout)
         slots = writer.claim([Sample(f"sample {index}") for index in range(self.samples)])
         for name, sample, step, layer in self.places():
-            # The copy that a trace makes of what the model will overwrite.
-            writer.write(name, self.record.copy(), sample=slots[sample], step=step, layer=layer)
+            writer.write(name, self.record, sample=slots[sample], step=step, layer=layer)
         writer.finish(slots)
         writer.close()
 
@@ -167,9 +172,9 @@ def end_to_end(folder: Path, rounds: int, forwards: int) -> dict[str, Any]:
                 file.write(block)
 
     block = os.urandom(2**20)
-    arm = Records(folder, 1, "float32").arm
-    times = measure({"plain": bench.run, "traced": arm(traced)}, 1)
-    times = measure({"plain": bench.run, "traced": arm(traced), "np.save": arm(saved)}, rounds)
+    arm = Records(folder, "small", "float32").arm
+    times = measure({"plain": bench.run, "traced": arm(traced)}, 1, after=cleaned)
+    times = measure({"plain": bench.run, "traced": arm(traced), "np.save": arm(saved)}, rounds, after=cleaned)
     limit = np.maximum(times.wall["plain"], times.wall["np.save"])
     ratio = np.percentile(times.wall["traced"] / limit, (25, 50, 75))
     seconds = {name: float(np.median(values)) for name, values in times.wall.items()}
@@ -180,47 +185,51 @@ def end_to_end(folder: Path, rounds: int, forwards: int) -> dict[str, Any]:
     }
 
 
+def alone(folder: Path, kind: str, dtype: str, rounds: int) -> dict[str, Any]:
+    """The writer against the disk, without a model."""
+    records = Records(folder, kind, dtype)
+    arms = {"np.save": records.one_file, "files": records.files, "zarr": records.zarr, "dit-probe": records.ours}
+    if importlib.util.find_spec("icechunk") is not None:
+        arms["icechunk"] = records.icechunk
+    times = measure({name: records.arm(make) for name, make in arms.items()}, rounds, after=cleaned)
+    # Speeds, not times: the larger the better.
+    speed = {name: np.percentile(times.wall["np.save"] / mine, (25, 50, 75)) for name, mine in times.wall.items()}
+    return {
+        "record, MiB": records.record.nbytes / 2**20,
+        "records": records.count,
+        "MiB/s": {name: records.bytes / 2**20 / float(np.median(mine)) for name, mine in times.wall.items()},
+        "CPU, s": {name: float(np.median(mine)) for name, mine in times.cpu.items()},
+        "speed over np.save": {
+            name: dict(zip(("q25", "median", "q75"), map(float, three), strict=True)) for name, three in speed.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--forwards", type=int, default=4, help="steps of the run that is traced")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    records = Records(options.folder, options.samples, options.dtype)
-    arms = {"np.save": records.one_file, "files": records.files, "zarr": records.zarr, "dit-probe": records.ours}
-    if importlib.util.find_spec("icechunk") is not None:
-        arms["icechunk"] = records.icechunk
-    times = measure({name: records.arm(make) for name, make in arms.items()}, options.rounds)
-    megabytes = records.bytes / 2**20
-    # Speeds, not times: the larger the better.
-    speed = {
-        name: dict(
-            zip(("q25", "median", "q75"), np.percentile(times.wall["np.save"] / mine, (25, 50, 75)), strict=True)
-        )
-        for name, mine in times.wall.items()
-    }
-    rates = {name: megabytes / float(np.median(mine)) for name, mine in times.wall.items()}
+    found = {kind: alone(options.folder, kind, options.dtype, options.rounds) for kind in COUNTS}
     whole = end_to_end(options.folder, options.rounds, options.forwards)
-    for name in arms:
-        print(f"{name:10} {rates[name]:7.0f} MiB/s  {speed[name]['median']:.2f} of np.save")
+    sections = []
+    for kind, row in found.items():
+        speed, rates = row["speed over np.save"], row["MiB/s"]
+        for name in rates:
+            print(f"{kind:6} {name:10} {rates[name]:7.0f} MiB/s  {speed[name]['median']:.2f} of np.save")
+        title = f"Records of {row['record, MiB']:.0f} MiB"
+        sections.append(Section(title, "Speed.", [bars(speed, "speed over np.save", {"np.save": 1})]))
     print("traced run over the larger of plain run and np.save:", whole["traced over the larger"])
-    settings = {
-        "dtype": options.dtype,
-        "MiB": megabytes,
-        "records": records.count,
-        "rounds": options.rounds,
-        "zarr": zarr.__version__,
-    }
-    found = {"settings": settings, "speed over np.save": speed, "MiB/s": rates, "end to end": whole}
+    settings = {"dtype": options.dtype, "rounds": options.rounds, "zarr": zarr.__version__}
     text = (
         "Wall time, fsync included; 1 is np.save of the same round. A traced run takes "
         f"{whole['traced over the larger']['median']:.2f} times the larger of the run alone and the disk alone."
     )
-    sections = [Section("Speed", text, [bars(speed, "speed over np.save", {"np.save": 1})])]
-    write(f"store_{options.dtype}", "Writing a store", f"{megabytes:.0f} MiB of activations.", found, sections)
+    everything = {"settings": settings, **found, "end to end": whole}
+    write(f"store_{options.dtype}", "Writing a store", text, everything, sections)
 
 
 if __name__ == "__main__":
