@@ -93,8 +93,7 @@ class AttentionTap:
             shape: so many (rows, tokens).
             both: make these calls unchanged as well.
         """
-        self.calls.clear()
-        self.unchanged.clear()
+        self.forget()
         self.changed = 0
         self._changes, self._shape, self._both = changes, shape, both
         self._depth = 0
@@ -102,6 +101,11 @@ class AttentionTap:
         self._mode.__enter__()
         _open_taps().append(self)
         _BACKENDS.watch()
+
+    def forget(self) -> None:
+        """Let go of the calls, whose tensors the model itself no longer has."""
+        self.calls.clear()
+        self.unchanged.clear()
 
     def close(self) -> None:
         """Stop listening and put everything back."""

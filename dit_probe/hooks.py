@@ -225,6 +225,7 @@ class Hooks:
                 return
             with self._quietly():
                 self._record(block)
+            self._tap.forget()
 
         return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ class Combination(tuple[Probe, ...]):
         """Every variable that is asked for, once."""
         return tuple(dict.fromkeys(name for probe in self for name in probe.variables))
 
-    @property
+    @functools.cached_property
     def stream(self) -> Probe | None:
         """The probe that says how the one concept stream runs; None when no variable needs concepts.
 

@@ -40,7 +40,8 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 def score(name: str, activations: Mapping[str, Tensor]) -> Tensor:
     """One layer's score (row, concept, image_token) in float32, by the definitions of `dit_probe.maps.scores`."""
     image, concept = (activations[source].float() for source in schema.SCORE_SOURCES[name])
-    dots = torch.einsum("rnhd,rchd->rcn", image, concept)
+    # Head by head, in whichever order they lie in memory: einsum copies both, which takes 5 to 20 times as long.
+    dots = torch.matmul(image.transpose(1, 2), concept.permute(0, 2, 3, 1)).sum(1).transpose(1, 2)
     heads, head_dim = image.shape[-2:]
     # Attention logits, mean over heads; the other spaces are plain dot products.
     return dots / (heads * head_dim**0.5) if name.startswith("score_cross") else dots

@@ -39,7 +39,8 @@ def _touched(model: nn.Module) -> bool:
     while waiting:
         module = waiting.pop()
         if module is not None:
-            if hasattr(module, "_diffusers_hook") or (isinstance(module, nn.Dropout) and module.training):
+            own = module.__dict__  # a module looks for what it has not got in many places
+            if "_diffusers_hook" in own or (own["training"] and isinstance(module, nn.Dropout)):
                 return True
             waiting.extend(module._modules.values())
     return False

@@ -16,9 +16,9 @@ from dit_probe.store.byte_queue import QUEUE_BYTES, THREADS, ByteQueue
 from dit_probe.store.encoding import CHECKSUM, CONFIG, FILL, LABELS, STORED, compressors
 from dit_probe.store.lock import Lock
 from dit_probe.store.reading import open
-from dit_probe.store.records import LEADING
+from dit_probe.store.records import LEADING, unwritten
 from dit_probe.store.reserved import Reserved
-from dit_probe.store.writer import Writer, unwritten
+from dit_probe.store.writer import Writer
 
 LABELS_PER_CHUNK = 64
 KEYS: Any = {"name": "default", "separator": "."}

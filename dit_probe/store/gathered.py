@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_probe.store.writer import unwritten
+from dit_probe.store.records import unwritten
 
 
 class Gathered:

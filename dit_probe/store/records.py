@@ -1,14 +1,18 @@
-"""The account of one sample: which records are planned, queued and written."""
+"""Records: one on its way to the store, and the account of one sample: which are planned, queued and written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import errno
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from dit_probe.errors import StoreError
+from dit_probe.errors import StoreError, StoreFault
 from dit_probe.schema import BRANCHES, Layout, Variable
+from dit_probe.store import chunks
+from dit_probe.store.encoding import finite
 
 LEADING = ("branch", "step", "layer")
 ABSENT, PLANNED, QUEUED, WRITTEN = range(4)
@@ -113,3 +117,46 @@ class Account:
             for index in np.argwhere((states == PLANNED) | (states == QUEUED)):
                 at: Mapping[str, Any] = {dim: labels[dim][i] for dim, i in zip(labels, index, strict=True)}
                 yield f"{name!r} at {where(self.sample, **at)}"
+
+
+class Record:
+    """One chunk on its way to the store."""
+
+    def __init__(self, variable: Variable, array: Any, layout: Layout, where: str) -> None:
+        self._variable, self._array = variable, array
+        self._name = f"{variable.name!r} at {where}"
+        self._shape = tuple(layout.sizes[dim] for dim in variable.dims)
+        self.nbytes = math.prod(self._shape) * array.dtype.itemsize
+
+    def check(self, values: Any) -> None:
+        """Raise unless these are its values."""
+        dtype, shape = getattr(values, "dtype", type(values).__name__), getattr(values, "shape", None)
+        if not isinstance(values, np.ndarray) or (dtype, shape) != (self._array.dtype, self._shape):
+            bits = " (the bits of bfloat16)" if self._variable.dtype == "bfloat16" else ""
+            raise StoreError(
+                f"{self._name} is {dtype} {shape}; the layout wants {self._array.dtype}{bits} {self._shape}, "
+                f"({', '.join(self._variable.dims)})"
+            )
+
+    def store(self, values: np.ndarray | Callable[[], np.ndarray], index: tuple[int, ...]) -> int:
+        """Write the chunk; its number of bytes."""
+        try:
+            data = values() if callable(values) else values
+            self.check(data)
+            if not finite(data, self._variable.dtype):
+                raise StoreError(
+                    f"non-finite value in {self._name} (overflow in {self._variable.dtype}?). Activations are kept "
+                    f"without loss or not at all: run the model in float32 or bfloat16, or leave this record out."
+                )
+            chunks.write(self._array, index, data)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise unwritten(self._name, error) from error
+        return data.nbytes
+
+
+def unwritten(what: str, error: Exception) -> StoreFault:
+    """What to raise where the store, and nobody else, is at fault; its cause is the store's own error."""
+    full = " Make space and run it again: it continues." if getattr(error, "errno", None) == errno.ENOSPC else ""
+    return StoreFault(f"{what} was not written: {type(error).__name__}: {error}.{full}")

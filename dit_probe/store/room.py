@@ -21,8 +21,9 @@ from dit_probe.store.creation import LABELS_PER_CHUNK, make, new_array
 from dit_probe.store.gathered import Gathered
 from dit_probe.store.lock import Lock
 from dit_probe.store.reading import open
+from dit_probe.store.records import unwritten
 from dit_probe.store.reserved import Reserved
-from dit_probe.store.writer import Writer, unwritten
+from dit_probe.store.writer import Writer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Every write is one whole chunk of its own, so threads need no locks between them
 from __future__ import annotations
 
 import dataclasses
-import errno
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,12 +19,12 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from dit_probe.errors import StoreError, StoreFault, TraceError
+from dit_probe.errors import StoreError, TraceError
 from dit_probe.schema import Layout, Sample, Variable
-from dit_probe.store import chunks, identity
+from dit_probe.store import identity
 from dit_probe.store.byte_queue import ByteQueue
-from dit_probe.store.encoding import CONFIG, finite
-from dit_probe.store.records import QUEUED, WRITTEN, Account, positions, where
+from dit_probe.store.encoding import CONFIG
+from dit_probe.store.records import QUEUED, WRITTEN, Account, Record, positions, unwritten, where
 
 LABELS = ("prompt", "seed", "done", "token", "concept_name", "failed", "content")
 IMAGE_DIMS = ("pixel_frame", "pixel_y", "pixel_x", "channel")
@@ -202,7 +201,7 @@ class Writer:
             raise StoreError(f"no variable is called {name!r}; this store has {known}")
         account = self._account(sample)
         index = account.index(variable, step=step, layer=layer, branch=branch)
-        record = _Record(variable, self._arrays[name], self.layout, where(sample, step, layer, branch))
+        record = Record(variable, self._arrays[name], self.layout, where(sample, step, layer, branch))
         if not callable(values):
             record.check(values)
 
@@ -353,48 +352,6 @@ class Writer:
         raise (type(failure) if isinstance(failure, StoreError) else StoreError)(str(failure)) from failure.__cause__
 
 
-class _Record:
-    """One chunk on its way to the store."""
-
-    def __init__(self, variable: Variable, array: Any, layout: Layout, where: str) -> None:
-        self._variable, self._array = variable, array
-        self._name = f"{variable.name!r} at {where}"
-        self._shape = tuple(layout.sizes[dim] for dim in variable.dims)
-        self.nbytes = int(np.prod(self._shape)) * array.dtype.itemsize
-
-    def check(self, values: Any) -> None:
-        dtype, shape = getattr(values, "dtype", type(values).__name__), getattr(values, "shape", None)
-        if not isinstance(values, np.ndarray) or (dtype, shape) != (self._array.dtype, self._shape):
-            bits = " (the bits of bfloat16)" if self._variable.dtype == "bfloat16" else ""
-            raise StoreError(
-                f"{self._name} is {dtype} {shape}; the layout wants {self._array.dtype}{bits} {self._shape}, "
-                f"({', '.join(self._variable.dims)})"
-            )
-
-    def store(self, values: np.ndarray | Callable[[], np.ndarray], index: tuple[int, ...]) -> int:
-        """Write the chunk; its number of bytes."""
-        try:
-            data = values() if callable(values) else values
-            self.check(data)
-            if not finite(data, self._variable.dtype):
-                raise StoreError(
-                    f"non-finite value in {self._name} (overflow in {self._variable.dtype}?). Activations are kept "
-                    f"without loss or not at all: run the model in float32 or bfloat16, or leave this record out."
-                )
-            chunks.write(self._array, index, data)
-        except StoreError:
-            raise
-        except Exception as error:
-            raise unwritten(self._name, error) from error
-        return data.nbytes
-
-
 def arrays_of(group: zarr.Group, layout: Layout) -> dict[str, Any]:
     """The arrays over ``sample`` of a store, by name."""
     return {name: array.with_config(CONFIG) for name, array in group.arrays() if name not in layout.coords}
-
-
-def unwritten(what: str, error: Exception) -> StoreFault:
-    """What to raise where the store, and nobody else, is at fault; its cause is the store's own error."""
-    full = " Make space and run it again: it continues." if getattr(error, "errno", None) == errno.ENOSPC else ""
-    return StoreFault(f"{what} was not written: {type(error).__name__}: {error}.{full}")
