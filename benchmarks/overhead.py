@@ -7,16 +7,21 @@
 |---|---|
 | hooks | plain torch hooks that keep references to what attention modules return: the floor of any capture |
 | processor | the model's attention processor replaced by one that keeps references to q, k, v and o |
-| nnsight | the same outputs as ``hooks``, saved by nnsight, where it is installed |
+| nnsight | the residual streams after every block, saved by nnsight, where it is installed |
+| x p | the same tensors, recorded in memory by a probe without concepts |
 | scores | six concepts, scores of the output space reduced in flight, in memory |
 | three scores | those of the output, value and cross spaces |
 | o_x o_c | both recorded in memory |
 | everything | o, q, k, v of image and concepts in memory |
 | reinvoke | every joint block called once more with the concepts in the text slot: what sharing nothing costs |
 
-The counted overhead is that of floating-point operations (torch's FlopCounterMode) with and without the trace. CPU time
-of the process counts, all threads included; every arm runs once a round, in a random order, and ratios are those of the
-same round. ``verify`` is off here: what it costs, once a trace, is an arm of its own.
+The theoretical overhead is counted while a forward runs with and without the trace, whatever the operations are: how
+many floating-point operations (torch's table), and how many bytes of tensors they read and write. None can take less
+than the longer of both at the rates of a large product and of a large copy, measured in the same process. Bytes tell
+more than operations here: six rows of concepts are multiplied by all of the text's weights.
+
+CPU time of the process counts, all threads included; every arm runs once a round, in a random order, and ratios are
+those of the same round. ``verify`` is off here: what it costs, once a trace, is an arm of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ from typing import Any
 import numpy as np
 import torch
 from alternating import bars, measure, write
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import dit_probe as dp
 from dit_probe import anatomy
@@ -152,9 +159,7 @@ class Bench:
         from nnsight import NNsight
 
         wrapped = NNsight(self.model)
-
-        lists = (wrapped.transformer_blocks, wrapped.single_transformer_blocks)
-        modules = [layer.attn for blocks in lists for layer in blocks]
+        modules = [*wrapped.transformer_blocks, *wrapped.single_transformer_blocks]
 
         def arm() -> Any:
             kept: list[Any] = []
@@ -166,6 +171,12 @@ class Bench:
             return kept
 
         return arm
+
+    def residuals(self) -> Any:
+        probe = dp.Probe(record=("x", "p"), layers="all", steps=range(self.forwards))
+        with dp.trace(self.model, probe, verify=None, progress=False) as trace:
+            self.run()
+        return trace
 
     def reinvoke(self) -> Any:
         """Joint blocks called again with concepts in the text slot; scores of the output space at each."""
@@ -206,6 +217,7 @@ class Bench:
             "hooks": self.hooks,
             "processor": self.processor,
             "nnsight": None,
+            "x p": self.residuals,
             "scores": self.traced(**one),
             "scores, verified": self.traced(verify="first", **one),
             "three scores": self.traced(record=(), scores=("output", "value", "cross")),
@@ -217,11 +229,53 @@ class Bench:
             found["nnsight"] = self.nnsight()
         return {name: arm for name, arm in found.items() if arm is not None}
 
-    def counted(self, arm: Callable[[], Any]) -> int:
-        """Floating-point operations of an arm."""
-        with FlopCounterMode(display=False) as counter, contextlib.suppress(RuntimeError):
+    def counted(self, arm: Callable[[], Any], rates: tuple[float, float]) -> Count:
+        """What an arm computes, moves, and cannot do faster."""
+        count = Count(rates)
+        with count:
             arm()
-        return counter.get_total_flops()
+        return count
+
+
+class Count(TorchDispatchMode):
+    """Operations and bytes of all that runs inside, and the least seconds for them.
+
+    Args:
+        rates: floating-point operations and bytes a second.
+    """
+
+    def __init__(self, rates: tuple[float, float]) -> None:
+        super().__init__()
+        self.rates, self.flops, self.bytes, self.seconds = rates, 0, 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.name().startswith(("aten::detach", "aten::_unsafe_view", "aten::empty")):
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
+            moved = sum(part.nbytes for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor))
+            self.flops, self.bytes = self.flops + flops, self.bytes + moved
+            self.seconds += max(flops / self.rates[0], moved / self.rates[1])
+        return out
+
+
+def rates(device: str, dtype: torch.dtype, size: int) -> tuple[float, float]:
+    """Floating-point operations of a large product and bytes of a large copy, each a second: the fastest of nine."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(64, 2**20, device=device)
+    target = torch.empty_like(source)
+
+    def fastest(call: Callable[[], Any]) -> float:
+        taken = []
+        for _ in range(9):
+            began = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    return 2 * size**3 / fastest(lambda: a @ b), 2 * source.nbytes / fastest(lambda: target.copy_(source))
 
 
 def idle(rounds: int) -> dict[str, float]:
@@ -261,23 +315,27 @@ def main() -> None:
     arms = bench.arms()
     plain = bench.run()
     assert torch.equal(plain, bench.run())
-    flops = {name: bench.counted(arms[name]) for name in ("plain", "scores", "three scores", "reinvoke")}
-    counted = {name: value / flops["plain"] for name, value in flops.items()}
+    speeds = rates(device, dtype, 8192 if device == "cuda" else 2048)
+    counts = {name: bench.counted(arms[name], speeds) for name in ("plain", "scores", "three scores", "reinvoke")}
+    counted = {
+        name: {kind: getattr(count, kind) / getattr(counts["plain"], kind) for kind in ("flops", "bytes", "seconds")}
+        for name, count in counts.items()
+    }
     times = measure(arms, options.rounds)
     ratios = {clock: times.ratios("plain", clock) for clock in ("cpu", "wall")}
     nothing = idle(options.rounds)
     for name in arms:
         line = "  ".join(f"{clock} {ratios[clock][name]['median']:.3f}" for clock in ratios)
-        print(f"{name:18} {line}" + (f"  counted {counted[name]:.4f}" if name in counted else ""))
+        print(f"{name:18} {line}" + ("  counted " + str(counted[name]) if name in counted else ""))
     print(f"idle: {nothing['median']:.3f} ms a call")
     settings = {**vars(options), "device": device, "concepts": len(WORDS), "torch": torch.__version__}
-    found = {"settings": settings, "ratios": ratios, "counted": counted, "idle, ms a call": nothing}
+    found = {"settings": settings, "ratios": ratios, "counted": counted, "rates": speeds, "idle, ms a call": nothing}
     found["seconds"] = {name: list(values) for name, values in times.cpu.items()}
     shown = {name: value for name, value in ratios["cpu"].items() if name != "plain"}
     write(
         f"overhead_{options.shape}",
         "What tracing costs",
-        f"Ratios to the plain forward in the same round; counted operations of scores: {counted['scores']:.4f}. "
+        f"Ratios to the plain forward in the same round. Counted, scores cost {counted['scores']['seconds']:.4f}. "
         f"A trace that records nothing adds {nothing['median']:.2f} ms to a call of a one-block model.",
         found,
         [Section("CPU time", "Median and quartiles over rounds.", [bars(shown, "CPU time over plain", {"plain": 1})])],

@@ -155,9 +155,11 @@ class Writer:
         if step not in known or "timestep" not in self.layout.coords:
             return
         array: Any = self._group["timestep"]
-        before = float(array[known[step]])
+        values = array[...]
+        before = float(values[known[step]])
         if np.isnan(before):
-            array[known[step]] = timestep
+            values[known[step]] = timestep
+            array[...] = values
         elif not np.isclose(before, timestep, rtol=1e-5):
             raise StoreError(
                 f"step {step} is at timestep {timestep:g} in this sample and at {before:g} in the ones before. All "
