@@ -1,7 +1,9 @@
 """What tracing costs: arms that run the same forwards with and without a trace, in turns.
 
-    python benchmarks/overhead.py                   # on a CPU: the Flux-like model, 1024 + 128 tokens, float32
-    python benchmarks/overhead.py --shape flux      # Flux's own, bfloat16, 4096 + 512 tokens: for a GPU
+    python benchmarks/overhead.py                        # on a CPU: the Flux-like model, 1024 + 128 tokens, float32
+    python benchmarks/overhead.py --model FLUX.1-dev     # for a GPU: the true size, random weights, bfloat16
+
+The other true sizes are those of `benchmarks/sizes.py`. On a GPU, the highest memory of every arm is given, too.
 
 | arm | |
 |---|---|
@@ -33,9 +35,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from alternating import bars, measure, write
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from sizes import FLUX, MODELS, arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -46,6 +51,7 @@ from dit_probe.report import Section
 from probes import ConceptAttention
 
 WORDS = ["sun", "sky", "boat", "grass", "water", "house"]
+COUNTED = ("plain", "scores", "three scores", "reinvoke")
 SHAPES = {
     "small": {"layers": 6, "single": 6, "heads": 8, "head_dim": 64, "side": 32, "text": 128, "axes": (16, 24, 24)},
     "flux": {"layers": 19, "single": 38, "heads": 24, "head_dim": 128, "side": 64, "text": 512, "axes": (16, 56, 56)},
@@ -84,11 +90,39 @@ def model_of(shape: dict[str, Any], device: str, dtype: torch.dtype) -> tuple[An
     return model.to(dtype).eval(), {name: value.to(dtype) for name, value in inputs.items()}
 
 
-class Bench:
-    """The arms: each makes `forwards` calls of the model."""
+def true_size(name: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model of `benchmarks/sizes.py` with random weights, made on the device, and the inputs of a call."""
+    kind, config, grid, text, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # or there would be twice the memory for a while
+    try:
+        with torch.device(device):
+            model = getattr(diffusers, kind).from_config(config).eval()
+            inputs: dict[str, Any] = {
+                name: torch.randn(part.shape) for name, part in arguments(kind, grid, text).items()
+            }
+            inputs["timestep"] = torch.full((1,), 0.5 if kind == FLUX else 500.0)
+            frames, height, width = grid
+            if kind == FLUX:
+                ids = torch.zeros(height, width, 3)
+                ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(width)[None]
+                inputs |= {"img_ids": ids.flatten(0, 1), "txt_ids": torch.zeros(text, 3)}
+            elif config.get("use_rotary_positional_embeddings"):
+                size, corners = (height, width), ((0, 0), (height, width))
+                table = get_3d_rotary_pos_embed(config["attention_head_dim"], corners, size, frames, device=device)
+                inputs["image_rotary_emb"] = table
+    finally:
+        torch.set_default_dtype(before)
+    return model, inputs
 
-    def __init__(self, shape: dict[str, Any], device: str, dtype: torch.dtype, forwards: int) -> None:
-        self.model, self.inputs = model_of(shape, device, dtype)
+
+class Bench:
+    """The arms: each makes `forwards` calls of the model, a shape of `SHAPES` or the name of a true size."""
+
+    def __init__(self, shape: dict[str, Any] | str, device: str, dtype: torch.dtype, forwards: int) -> None:
+        make = true_size if isinstance(shape, str) else model_of
+        self.model, self.inputs = make(shape, device, dtype)  # pyright: ignore[reportArgumentType]
         self.forwards, self.device = forwards, device
         self.concepts = torch.randn(len(WORDS), self.inputs["encoder_hidden_states"].shape[-1]).to(device, dtype)
         self.blocks = anatomy.find(self.model).blocks(self.model)
@@ -159,7 +193,7 @@ class Bench:
         from nnsight import NNsight
 
         wrapped = NNsight(self.model)
-        modules = [*wrapped.transformer_blocks, *wrapped.single_transformer_blocks]
+        modules = [wrapped.get(block.path) for block in self.blocks]
 
         def arm() -> Any:
             kept: list[Any] = []
@@ -227,6 +261,8 @@ class Bench:
         }
         if importlib.util.find_spec("nnsight") is not None:
             found["nnsight"] = self.nnsight()
+        if type(self.model).__name__ != FLUX:
+            del found["processor"], found["reinvoke"]  # written for Flux
         return {name: arm for name, arm in found.items() if arm is not None}
 
     def counted(self, arm: Callable[[], Any], rates: tuple[float, float]) -> Count:
@@ -278,6 +314,16 @@ def rates(device: str, dtype: torch.dtype, size: int) -> tuple[float, float]:
     return 2 * size**3 / fastest(lambda: a @ b), 2 * source.nbytes / fastest(lambda: target.copy_(source))
 
 
+def peaks(arms: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The highest memory of every arm on a CUDA device, over that of the plain forward."""
+    highest = {}
+    for name, arm in arms.items():
+        torch.cuda.reset_peak_memory_stats()
+        arm()
+        highest[name] = torch.cuda.max_memory_allocated()
+    return {name: value / highest["plain"] for name, value in highest.items()}
+
+
 def idle(rounds: int) -> dict[str, float]:
     """Milliseconds that an open trace adds to a call of a one-block model of which it records nothing."""
     bench = Bench(SHAPES["one block"], "cpu", torch.float32, 50)
@@ -302,21 +348,22 @@ def idle(rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["small", "flux"], default="small")
+    parser.add_argument("--model", choices=["small", *MODELS], default="small")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forwards", type=int, default=4, help="calls of the model an arm and round")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    device = "cuda" if options.shape == "flux" and torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if options.shape == "flux" else torch.float32
-    bench = Bench(SHAPES[options.shape], device, dtype, options.forwards)
+    small = options.model == "small"
+    device = "cuda" if not small and torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if small else torch.bfloat16
+    bench = Bench(SHAPES["small"] if small else options.model, device, dtype, options.forwards)
     arms = bench.arms()
     plain = bench.run()
     assert torch.equal(plain, bench.run())
     speeds = rates(device, dtype, 8192 if device == "cuda" else 2048)
-    counts = {name: bench.counted(arms[name], speeds) for name in ("plain", "scores", "three scores", "reinvoke")}
+    counts = {name: bench.counted(arms[name], speeds) for name in COUNTED if name in arms}
     counted = {
         name: {kind: getattr(count, kind) / getattr(counts["plain"], kind) for kind in ("flops", "bytes", "seconds")}
         for name, count in counts.items()
@@ -330,10 +377,13 @@ def main() -> None:
     print(f"idle: {nothing['median']:.3f} ms a call")
     settings = {**vars(options), "device": device, "concepts": len(WORDS), "torch": torch.__version__}
     found = {"settings": settings, "ratios": ratios, "counted": counted, "rates": speeds, "idle, ms a call": nothing}
+    if device == "cuda":
+        found["peak memory over plain"] = memory = peaks(arms)
+        print("peak memory over plain:", {name: round(value, 3) for name, value in memory.items()})
     found["seconds"] = {name: list(values) for name, values in times.cpu.items()}
     shown = {name: value for name, value in ratios["cpu"].items() if name != "plain"}
     write(
-        f"overhead_{options.shape}",
+        f"overhead_{options.model}",
         "What tracing costs",
         f"Ratios to the plain forward in the same round. Counted, scores cost {counted['scores']['seconds']:.4f}. "
         f"A trace that records nothing adds {nothing['median']:.2f} ms to a call of a one-block model.",

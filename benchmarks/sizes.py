@@ -33,7 +33,7 @@ SD |= {"sample_size": 128}
 LARGE = {"num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
 MEDIUM = {"num_attention_heads": 24, "num_layers": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
 MEDIUM |= {"dual_attention_layers": tuple(range(13))}
-COG = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+COG = {"num_attention_heads": 48, "attention_head_dim": 64, "num_layers": 42, "use_rotary_positional_embeddings": True}
 # Class, configuration, image tokens (frame, y, x), text tokens, steps, passes a step.
 MODELS = {
     "FLUX.1-schnell": (FLUX, {}, (1, 64, 64), 256, 4, 1),

@@ -11,14 +11,19 @@ from torch import Tensor
 from dit_probe import schema
 
 
-def host(tensor: Tensor) -> tuple[np.ndarray | Callable[[], np.ndarray], int]:
-    """A copy on the host that later changes cannot reach, or a function that waits for it; and its bytes.
+def host(tensor: Tensor) -> tuple[Callable[[], np.ndarray], int]:
+    """A function that waits for a copy on the host, which later changes cannot reach, and gives it away; and its bytes.
 
     bfloat16 comes as its bits (uint16), which numpy has no type for.
     """
     nbytes = tensor.numel() * tensor.element_size()
     if not tensor.is_cuda:
-        return _numpy(tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)), nbytes
+        # In memory of numpy's, which a store in memory may keep as it is.
+        copy = np.empty(tensor.shape, _numpy(tensor.new_empty(0)).dtype)
+        half = tensor.dtype == torch.bfloat16
+        target = torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(copy)
+        target.copy_(tensor.detach())
+        return lambda: copy, nbytes
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     pinned.copy_(tensor.detach(), non_blocking=True)
     event = torch.cuda.Event()

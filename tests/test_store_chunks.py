@@ -22,12 +22,13 @@ CODECS = {
         for dtype in STORED
     },
     "blosc zstd": {"dtype": "float32", "compressors": (BloscCodec(cname="zstd", shuffle="shuffle"), Crc32cCodec())},
+    "no checksum": {"dtype": "float32", "compressors": None},
+    "nothing but blosc": {"dtype": "float32", "compressors": (BloscCodec(cname="lz4", shuffle="bitshuffle"),)},
     "no shuffle": {"dtype": "float16", "compressors": (BloscCodec(shuffle="noshuffle"), Crc32cCodec())},
 }
 OTHER: dict[str, dict[str, Any]] = {
     "big endian": {"dtype": ">f4", "compressors": (Crc32cCodec(),)},
     "gzip": {"dtype": "float32", "compressors": (GzipCodec(), Crc32cCodec())},
-    "no checksum": {"dtype": "float32", "compressors": None},
     "transposed": {
         "dtype": "float32",
         "filters": (TransposeCodec(order=(1, 0, 2, 3)),),
@@ -102,6 +103,19 @@ def test_numbers_that_are_read_can_be_written_to():
     assert (mine[0, 0] == 1).all()
 
 
+def test_a_store_in_memory_keeps_an_array_that_is_its_own_and_copies_others():
+    mine = array(MemoryStore(), **CODECS["no checksum"])
+    given = np.ones((2, 5, 7), np.float32)
+    chunks.write(mine, (0, 0), given[0])
+    chunks.write(mine, (0, 1), own := given[1].copy(), own=True)
+    chunks.write(mine, (0, 2), other := given[1].copy())
+    chunks.write(mine, (1, 0), given[0], own=True)  # it says so, but has its memory from somewhere else
+    given[...] = other[...] = 2
+    assert (mine[0] == 1).all() and (mine[1, 0] == 1).all()
+    stored = mine.store._store_dict["group/a/c/0/1/0/0"].as_numpy_array()
+    assert np.shares_memory(stored, own)
+
+
 def test_what_is_not_there_is_the_fill_value(tmp_path: Path):
     mine = array(LocalStore(tmp_path), **CODECS["float32"])
     assert np.isnan(chunks.read(mine, (1, 2, slice(None), slice(None)))).all()
@@ -121,7 +135,7 @@ def test_damage_is_an_error(tmp_path: Path, kind: str):
     mine = array(LocalStore(tmp_path), **CODECS[kind], overwrite=True)
     form = chunks._Form.of(mine)
     assert form is not None
-    form.write((0, 0, 0, 0), np.zeros(12, np.uint8))
+    form.write((0, 0, 0, 0), np.zeros(12, np.uint8), own=True)
     with pytest.raises(Exception, match=r"."):
         chunks.read(mine, (0, 0, slice(None), slice(None)))
 

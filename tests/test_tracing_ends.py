@@ -4,10 +4,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tracing_cases import WORDS, generate, traced
 
 import dit_probe as dp
@@ -117,3 +123,36 @@ def test_guidance_in_two_calls_is_resumed(pipelines, tmp_path):
         generate(pipe, "a boat", seed=1, **guided)
     assert run.dataset.done.values.tolist() == [True, True]
     assert np.isfinite(run.dataset.o_c).all()
+
+
+THEIRS = str(Path(diffusers.__file__).parent)
+
+
+class HostReads(TorchDispatchMode):
+    """What waits for the device, with the file of ours that asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
+            # Of whoever is the nearest: a model and its scheduler may wait for what they like.
+            ours = str(Path(dp.__file__).parent)
+            frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith((ours, THEIRS))]
+            if frames[-1].filename.startswith(ours):
+                self.seen.append(f"{Path(frames[-1].filename).stem}:{frames[-1].name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "cogvideox"])
+def test_nothing_in_a_step_waits_for_the_device(pipelines, family):
+    probe = ConceptAttention(WORDS, scores=("output", "value", "cross"))
+
+    def reads(steps: int) -> Counter[str]:
+        with dp.trace(pipelines(family), probe, verify=None, progress=False), HostReads() as reads:
+            generate(pipelines(family), steps=steps)
+        return Counter(reads.seen)
+
+    few, many = reads(2), reads(4)
+    assert many == few and "tracing:_embed" in few, "once a run, to see that concepts are finite"

@@ -240,9 +240,9 @@ def test_slow_writers_hold_the_model_back_and_lose_nothing(pipelines, monkeypatc
 
     original = chunks.write
 
-    def slow(*record):
+    def slow(*record, **how):
         time.sleep(0.002)
-        original(*record)
+        original(*record, **how)
 
     monkeypatch.setattr(chunks, "write", slow)
     _, ds = traced(pipelines("flux"), EVERYTHING)

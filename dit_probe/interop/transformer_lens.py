@@ -291,7 +291,7 @@ def record_text_encoder(pipe: Any, source: Any) -> xr.Dataset:
             layout = schema.Layout((kind,), dict(zip(_ENCODER_DIMS, row.shape, strict=True)), {})
             array = new_array(group, layout, kind, ds.sizes["sample"])
         values, _ = host(row)
-        array[sample] = values() if callable(values) else values
+        array[sample] = values()
     location.commit(place)
     return store.open(place)
 

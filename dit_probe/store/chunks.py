@@ -32,13 +32,14 @@ end, all at once. Of smaller ones a flush would take longer than the file."""
 _SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
 
-def write(array: Any, index: tuple[int, ...], values: np.ndarray) -> None:
+def write(array: Any, index: tuple[int, ...], values: np.ndarray, *, own: bool = False) -> None:
     """``array[index] = values``.
 
     Args:
         array: of Zarr, or whatever is in its place.
         index: of the leading dims, along which a chunk has one entry.
         values: of all others.
+        own: nobody else will change them.
 
     Raises:
         Exception: whatever the store raises.
@@ -48,7 +49,8 @@ def write(array: Any, index: tuple[int, ...], values: np.ndarray) -> None:
     if form is None or box is None or (values.dtype, values.nbytes) != (array.dtype, form.nbytes):
         array[index] = values
     else:
-        form.write([part.start for part in box], np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        form.write([part.start for part in box], flat, own=own and values.flags.owndata)
 
 
 def read(array: Any, index: Any) -> np.ndarray:
@@ -99,6 +101,7 @@ class _Form:
     key: Callable[[tuple[int, ...]], str]
     nbytes: int
     blosc: Blosc | None
+    checked: bool
 
     @classmethod
     def of(cls, array: Any) -> _Form | None:
@@ -106,28 +109,31 @@ class _Form:
         if not isinstance(array, zarr.Array) or array.shards is not None:
             return None
         metadata: Any = array.metadata
-        numbers, *compressors, checksum = metadata.codecs if len(metadata.codecs) > 1 else (None, None)
-        if not isinstance(numbers, BytesCodec) or not isinstance(checksum, Crc32cCodec) or len(compressors) > 1:
+        numbers, *others = metadata.codecs
+        checked = bool(others) and isinstance(others[-1], Crc32cCodec)
+        compressors = others[:-1] if checked else others
+        if not isinstance(numbers, BytesCodec) or any(not isinstance(one, BloscCodec) for one in compressors):
             return None
         if getattr(numbers.endian, "value", "little") != "little" or array.dtype.newbyteorder("<") != array.dtype:
             return None
-        blosc = None
-        for compressor in compressors:
-            if not isinstance(compressor, BloscCodec):
-                return None
-            options: Any = compressor.to_dict()["configuration"]
-            blosc = Blosc(**{**options, "shuffle": _SHUFFLES[options["shuffle"]]})
+        options = [one.to_dict()["configuration"] for one in compressors]
+        blosc = [Blosc(**{**each, "shuffle": _SHUFFLES[each["shuffle"]]}) for each in options]
+        if len(blosc) > 1:
+            return None
         nbytes = math.prod(array.chunks) * array.dtype.itemsize
-        return cls(array.store, lambda place: f"{array.path}/{metadata.encode_chunk_key(place)}", nbytes, blosc)
+        key = f"{array.path}/".lstrip("/")
+        name = metadata.encode_chunk_key
+        return cls(array.store, lambda place: f"{key}{name(place)}", nbytes, blosc[0] if blosc else None, checked)
 
-    def write(self, place: Sequence[int], data: np.ndarray) -> None:
+    def write(self, place: Sequence[int], data: np.ndarray, *, own: bool) -> None:
         if self.blosc is not None:
-            data = np.frombuffer(self.blosc.encode(data), np.uint8)
-        key, parts = self.key(tuple(place)).lstrip("/"), (data, _checksum(data))
+            data, own = np.frombuffer(self.blosc.encode(data), np.uint8), True
+        key, parts = self.key(tuple(place)), [data, *([_checksum(data)] if self.checked else [])]
         if type(self.store) is LocalStore:
             _write_file(f"{self.store.root}/{key}", *parts)
             return
-        whole: Any = np.concatenate(parts)
+        # A store in memory keeps what it is given, so it is given nothing that somebody else might change or want back.
+        whole: Any = parts[0] if own and not self.checked else np.concatenate(parts)
         buffer = default_buffer_prototype().buffer.from_array_like(whole)
         if isinstance(self.store, SupportsSetSync):
             self.store.set_sync(key, buffer)
@@ -136,20 +142,22 @@ class _Form:
 
     def read(self, place: Sequence[int], numbers: np.ndarray) -> bool | None:
         """Put a chunk's bytes there; False where it is damaged, None where it is missing."""
-        key = self.key(tuple(place)).lstrip("/")
+        key, prototype = self.key(tuple(place)), default_buffer_prototype()
+        length = 4 if self.checked else 0
         if type(self.store) is LocalStore:
-            found = _read_file(f"{self.store.root}/{key}", numbers if self.blosc is None else None)
-        elif isinstance(self.store, SupportsGetSync):
-            found = _parts(self.store.get_sync(key, prototype=default_buffer_prototype()))
+            found = _read_file(f"{self.store.root}/{key}", numbers if self.blosc is None else None, length)
         else:
-            found = _parts(sync(self.store.get(key, default_buffer_prototype())))
+            store: Any = self.store
+            direct = isinstance(store, SupportsGetSync)
+            whole = store.get_sync(key, prototype=prototype) if direct else sync(store.get(key, prototype))
+            found = None if whole is None else _parts(whole.as_numpy_array(), length)
         if found is None:
             return None
         data, checksum = found
-        if checksum.tobytes() != _checksum(data).tobytes():
+        if self.checked and checksum.tobytes() != _checksum(data).tobytes():
             return False
         if self.blosc is None:
-            if len(data) == len(numbers) and data is not numbers:
+            if len(data) == len(numbers) and not np.shares_memory(data, numbers):
                 numbers[...] = data
             return len(data) == len(numbers)
         # Blosc says at bytes 4 to 8 how long its numbers are, and leaves what is longer as it was.
@@ -166,10 +174,10 @@ def _checksum(data: np.ndarray) -> np.ndarray:
     return np.array([google_crc32c.value(memory)], "<u4").view(np.uint8)
 
 
-def _parts(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Data and checksum of what a store gave."""
-    whole = None if found is None else found.as_numpy_array()
-    return None if whole is None else (whole[:-4], whole[-4:])
+def _parts(whole: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Data, and the checksum of so many bytes."""
+    end = max(len(whole) - length, 0)
+    return whole[:end], whole[end:]
 
 
 def _write_file(path: str, *parts: np.ndarray) -> None:
@@ -200,13 +208,13 @@ def _new(path: str) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _read_file(path: str, numbers: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_file(path: str, numbers: np.ndarray | None, length: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Data and checksum of a file, the data at `numbers` where that has the length."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size - 4
-        data = np.empty(max(size, 0), np.uint8) if numbers is None or len(numbers) != size else numbers
+        size = max(os.fstat(file.fileno()).st_size - length, 0)
+        data = np.empty(size, np.uint8) if numbers is None or len(numbers) != size else numbers
         left = data.data
         while left and (count := file.readinto(left)):
             left = left[count:]
-        return data, np.frombuffer(file.read(5), np.uint8)
+        return data[: len(data) - len(left)], np.frombuffer(file.read(length + 1), np.uint8)
     return None

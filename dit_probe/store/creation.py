@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import StorePath
+from zarr.storage import MemoryStore, StorePath
 
 from dit_probe.errors import StoreError
 from dit_probe.schema import FORMAT, FORMAT_VERSION, Layout, Variable
@@ -112,7 +112,7 @@ def new_array(group: zarr.Group, layout: Layout, variable: Variable, samples: in
         shards=(shard, *(max(1, size) for size in shape[1:])) if shard else None,
         dtype=STORED[variable.dtype],
         fill_value=FILL[variable.dtype],
-        compressors=compressors(variable.dtype),
+        compressors=None if isinstance(group.store, MemoryStore) else compressors(variable.dtype),
         dimension_names=dims,
         attributes=identity.variable_attrs(layout, variable),
         config=CONFIG,

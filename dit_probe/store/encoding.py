@@ -20,7 +20,8 @@ noise (a second run gave the same sizes, and speeds within 0.3; "-": disturbed):
 So bfloat16, the precision of large models and large traces, is compressed with lz4 after bitshuffle (1.34 on real
 activations in an earlier measurement), and float16 and float32 are not: 0-14 % of space is not worth half the speed.
 
-Every chunk ends with its crc32c, so that a flipped bit is an error where it is read and never a number.
+Every chunk ends with its crc32c, so that a flipped bit is an error where it is read and never a number. A store in
+memory holds the numbers as they are.
 """
 
 from __future__ import annotations

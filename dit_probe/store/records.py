@@ -148,7 +148,7 @@ class Record:
                     f"non-finite value in {self._name} (overflow in {self._variable.dtype}?). Activations are kept "
                     f"without loss or not at all: run the model in float32 or bfloat16, or leave this record out."
                 )
-            chunks.write(self._array, index, data)
+            chunks.write(self._array, index, data, own=callable(values))
         except StoreError:
             raise
         except Exception as error:

@@ -183,8 +183,8 @@ class Writer:
 
         Args:
             name: variable.
-            values: array of the variable's token dims, owned by the writer from here on (bfloat16: its bits as
-                uint16); or a function that returns it, called in a writer thread.
+            values: array of the variable's token dims (bfloat16: its bits as uint16), not to be changed before the
+                slot is finished; or a function that gives it away, called in a writer thread.
             sample: slot.
             step: step label.
             layer: layer label.
