@@ -95,6 +95,14 @@ def test_what_is_kept_in_another_way_is_left_to_zarr(kind: str):
     )
 
 
+def test_values_of_another_shape_are_refused_and_those_of_another_type_converted():
+    mine = array(MemoryStore(), **CODECS["float32"])
+    with pytest.raises(ValueError, match="broadcast"):
+        chunks.write(mine, (0, 0), np.ones((7, 5), np.float32))
+    chunks.write(mine, (0, 0), np.full((5, 7), 2, np.float64))
+    assert (mine[0, 0] == 2).all()
+
+
 def test_numbers_that_are_read_can_be_written_to():
     mine = array(MemoryStore(), **CODECS["float32"])
     chunks.write(mine, (0, 0), np.ones((5, 7), np.float32))

@@ -46,11 +46,12 @@ def write(array: Any, index: tuple[int, ...], values: np.ndarray, *, own: bool =
     """
     form = _Form.of(array)
     box = None if form is None else _box(array, (*index, *(slice(None) for _ in array.shape[len(index) :])))
-    if form is None or box is None or (values.dtype, values.nbytes) != (array.dtype, form.nbytes):
-        array[index] = values
+    whole = box is not None and all(len(part) == 1 for part in box)
+    if form is None or not whole or (values.dtype, values.shape) != (array.dtype, array.shape[len(index) :]):
+        array[index] = values  # or it says what does not fit
     else:
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        form.write([part.start for part in box], flat, own=own and values.flags.owndata)
+        form.write([part.start for part in box or ()], flat, own=own and values.flags.owndata)
 
 
 def read(array: Any, index: Any) -> np.ndarray:
